@@ -1,0 +1,66 @@
+# From a bare clone: `make test` and `make bench` set up all they need in .venv.
+# With PYTHON=/path/python they use that interpreter and its packages as they are, and add only the in-place build.
+
+PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis setuptools wheel
+
+ifdef PYTHON
+PY := $(PYTHON)
+else
+PY := .venv/bin/python
+# Named after what is in it, so that another list is installed anew.
+READY := .venv/ready-$(shell echo '$(PACKAGES)' | cksum | cut -d' ' -f1)
+endif
+
+# The tree comes before any installed ldm_fused, in programs that the tests start too.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help build test bench clean toolkit
+
+help: ## this list
+	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo "PYTHON=/path/python uses that interpreter, and whatever torch from 2.11 on it has, in place of .venv."
+	@echo "ARGS='...' is handed to pytest or to benchmarks/bench_fused.py (ARGS=--help lists its options)."
+	@echo "The build reads FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS."
+
+test: build ## build, then run the tests
+	$(PY) -m pytest $(ARGS)
+
+bench: build ## build, then run the benchmark
+	$(PY) benchmarks/bench_fused.py $(ARGS)
+
+# --force: by itself setuptools goes by file times, and would keep a binary built for another torch; ninja knows better.
+# Where there are GPUs, only their architectures are compiled (7.5 is the oldest that CUDA 13 knows).
+build: toolkit ## compile ldm_fused/_C.abi3.so
+	@archs=$${TORCH_CUDA_ARCH_LIST:-$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	    | awk '/^[0-9.]+$$/ && $$1 >= 7.5' | sort -u | paste -sd';' -)}; \
+	TORCH_CUDA_ARCH_LIST="$$archs" $(PY) setup.py build_ext --inplace --force
+
+# A machine with a GPU needs no CUDA toolkit of its own: .venv takes the compiler of torch's CUDA version.
+toolkit: $(READY)
+ifdef PYTHON
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "ldm_fused needs Python 3.10 or later, and $(PY) is not."; exit 1; }
+else
+	@[ -e /proc/driver/nvidia/version ] || nvidia-smi >/dev/null 2>&1 || exit 0; \
+	[ "$$FORCE_CUDA" != 0 ] || exit 0; \
+	! ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc >/dev/null 2>&1 || exit 0; \
+	cuda=$$($(PY) -c 'import torch; print(torch.version.cuda or "")') || exit 1; \
+	if [ -n "$$cuda" ] && ! FORCE_CUDA=1 $(PY) setup.py --name >/dev/null 2>&1; then \
+	    echo "No CUDA toolkit for torch's CUDA $$cuda was found: installing its compiler into .venv."; \
+	    $(PY) -m pip install "cuda-toolkit[nvcc,cccl]==$$cuda.*"; \
+	fi
+endif
+
+.venv/ready-%:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "ldm_fused needs Python 3.10 or later, and python3 is not: name one with PYTHON=/path/python."; exit 1; }
+	@python3 -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "python3 cannot make virtual environments: install its venv module (Debian: python3-venv)."; exit 1; }
+	python3 -m venv .venv
+	.venv/bin/python -m pip install $(PACKAGES)
+	@touch $@
+
+clean: ## remove what was built (.venv stays)
+	rm -rf build dist *.egg-info ldm_fused/_C*.so .pytest_cache .hypothesis
+	find . -name .venv\* -prune -o -name __pycache__ -type d -exec rm -rf {} +

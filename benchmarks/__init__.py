@@ -1,0 +1,1 @@
+"""What the benchmark is made of; `bench_fused.py` is the program to run."""

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Compares ldm_fused with PyTorch on the GroupNorm calls of real diffusion models: see --help."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# A tree built in place is what its developer means; otherwise an installed ldm_fused goes first.
+sys.path.insert(0 if any((ROOT / "ldm_fused").glob("_C*.so")) else len(sys.path), str(ROOT))
+
+from benchmarks import workloads  # noqa: E402  (torch is imported only when it is needed: --help answers at once)
+
+EPILOG = """\
+providers, timed in turn in the same run, each checked against float64 before it is timed:
+  eager    the reference as diffusion code writes it: h = norm(x); h * sigmoid(h)
+  F.silu   F.silu(F.group_norm(x))
+  compile  torch.compile of F.silu, for each shape anew (needs a working C++ compiler)
+  ours     ldm_fused
+
+examples:
+  bench_fused.py                                  a two-minute overview
+  bench_fused.py --suite sd15-unet-512 --op       every GroupNorm of Stable Diffusion 1.5's UNet
+  bench_fused.py --suite all --layout both --json all.json
+  bench_fused.py --shape 4,96,40,40 --dtype bfloat16
+  bench_fused.py --model --image picture.png      a whole autoencoder
+"""
+
+
+def shape(text: str):
+    sizes = tuple(int(size) for size in text.replace("x", ",").split(","))
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape: write N,C,H,W")
+    return sizes
+
+
+def provider_list(text: str):
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in workloads.PROVIDERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no provider {unknown[0]!r}: choose from {', '.join(workloads.PROVIDERS)}")
+    return [name for name in workloads.PROVIDERS if name in names]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Compares ldm_fused with PyTorch on the GroupNorm calls of real diffusion models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = p.add_argument_group("what to run (default: op and block, forward and training, a few shapes)")
+    add = what.add_argument
+    add("--op", action="store_true", help="the op: GroupNorm and SiLU")
+    add("--block", action="store_true", help="the ResNet block")
+    add("--model", action="store_true", help="a whole LDM kl-f8 autoencoder; minutes on a CPU")
+    add("--forward", action="store_true", help="only the forward pass, without autograd")
+    add("--train", action="store_true", help="only forward and backward together (without either option: both, and"
+                                             " training only for models that people train)")  # fmt: skip
+    add("--suite", choices=[*workloads.SUITES, "all"], metavar="NAME", help="every shape of a suite, or of all")
+    add("--shape", type=shape, action="append", metavar="N,C,H,W", help="a shape of your own; repeatable")
+    add("--groups", type=int, default=32, metavar="G", help="number of groups for --shape (32)")
+    add("--providers", type=provider_list, default=list(workloads.PROVIDERS), metavar="A,B", help="only these (all)")
+    add("--list", action="store_true", help="print the suites and their shapes, and stop")
+
+    add = p.add_argument_group("how").add_argument
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, float32 on cpu")
+    add("--layout", choices=["contiguous", "channels_last", "both"], default="contiguous", help="default: contiguous")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add("--min-run-time", type=float, default=0.25, metavar="S", help="seconds to time each provider for (0.25)")
+    add("--image", metavar="FILE", help="picture for --model: .npy, or what Pillow reads (a synthetic one)")
+    add("--resolution", type=int, default=256, metavar="P", help="height and width for --model (256)")
+
+    add = p.add_argument_group("results").add_argument
+    add("--csv", metavar="FILE", help="one line for each case and provider")
+    add("--json", metavar="FILE", help="everything, with the machine and the versions")
+    add("--plot", metavar="OUT.png", help="charts of the speed-ups and of the share of copy bandwidth")
+    return p
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
+    if args.list:
+        print(workloads.listing(workloads.load()))
+        return 0
+    try:
+        import torch
+
+        from benchmarks import cases, charts, machine, model, report
+    except ImportError as e:
+        sys.exit(str(e))
+    complete(args, torch)
+    if args.plot and not charts.available():
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+
+    environment = machine.describe(args.device)
+    print(machine.headline(environment), flush=True)
+    if machine.busy():
+        print(f"load average {environment['load']}: other programs are running, timings will be noisy", file=sys.stderr)
+    rows, results, failed = [], [], 0
+    if args.levels:
+        rows = cases.run(args)
+        results += [report.as_dict(row, args.providers) for row in rows]
+        failed += sum(cell.failed for row in rows for cell in row.cells.values())
+        print(cases.summary(rows, args))
+    if args.model:
+        model_rows = model.run(args)
+        results += [row.as_dict() for row in model_rows]
+        failed += sum(cell.failed for row in model_rows for cell in row.cells.values())
+        print(model.summary(model_rows, args))
+
+    if args.json:
+        report.write_json(args.json, environment, results)
+    if args.csv:
+        report.write_csv(args.csv, environment, results)
+    if args.plot:
+        charts.draw(args.plot, rows, args.providers, environment)
+    if failed:
+        print(f"\n{failed} failed: see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def complete(args, torch) -> None:
+    """Fills in what was left open, by what the machine has."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: this torch sees no GPU")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.levels = [level for level in ("op", "block") if getattr(args, level)]
+    if not args.levels and not args.model:
+        args.levels = ["op", "block"]
+    # Forward alone is run for the models that nobody trains, unless training is asked for by name.
+    args.train_all = args.train and not args.forward
+    args.modes = [mode for mode, on in (("forward", args.forward), ("training", args.train)) if on]
+    args.modes = args.modes or ["forward", "training"]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly in `| head`
+    sys.exit(main())

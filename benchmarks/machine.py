@@ -1,0 +1,131 @@
+"""What the numbers come from: the machine, the versions, and how much memory there is and was used."""
+
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Dict, Optional
+
+import torch
+
+import ldm_fused
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: str) -> Dict[str, object]:
+    """Everything a reader needs to judge a number: goes into each result file."""
+    build = ldm_fused.build_info()
+    return {
+        "machine": gpu_name() if device == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ldm_fused": ldm_fused.__version__,
+        "compiler": build.get("compiler"),
+        "cpu_isa": build.get("cpu_isa"),
+        "commit": commit(),
+        "load": round(os.getloadavg()[0], 1),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def headline(named: Dict[str, object]) -> str:
+    """The machine and the versions in one line."""
+    where = named["machine"]
+    if where == named["cpu"]:
+        where = f"{where} ({named['cores']} cores, {named['threads']} threads)"
+    commit = f", commit {named['commit']}" if named["commit"] else ""
+    return f"{where}, torch {named['torch']}, Python {named['python']}, ldm_fused {named['ldm_fused']}{commit}"
+
+
+def cores() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def busy() -> bool:
+    """Whether other programs take a good part of the machine."""
+    return os.getloadavg()[0] > 0.5 * cores()
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name()
+
+
+def commit() -> Optional[str]:
+    """The commit of this tree, with "+" where the tree has changed since; None without git."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cache_bytes(device) -> int:
+    """The last-level cache: the GPU's L2, or the largest of the CPU's (32 MiB where the system does not say)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1))
+    return max(sizes, default=32 << 20)
+
+
+def available_bytes(device) -> int:
+    """Memory that can still be allocated."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    status = proc_fields("/proc/meminfo")
+    return status.get("MemAvailable", 1 << 62)
+
+
+def proc_fields(path: str) -> Dict[str, int]:
+    """The lines "Name: 123 kB" of a file under /proc, in bytes."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":")[::2] for line in lines if line.endswith("kB"))
+    return {name: int(value.split()[0]) << 10 for name, value in pairs}
+
+
+def reset_peak(device) -> None:
+    """Starts a new measurement of peak memory, after giving back what is no longer used."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        pass
+
+
+def peak_bytes(device) -> Optional[int]:
+    """Peak memory since reset_peak: allocated by torch on CUDA, resident in the process otherwise."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return proc_fields("/proc/self/status").get("VmHWM")

@@ -1,0 +1,246 @@
+"""Inputs that caches cannot flatter, results checked before anything is timed, and the timing itself.
+
+The byte model. With B = the bytes of x, the op cannot move less than
+
+    forward   2 B   read x, write y
+    backward  3 B   read x and dy, write dx
+    training  5 B   forward and backward
+
+through memory: what a channel or a group has is negligible beside it. GB/s is that limit over the measured time, and
+its share of the copy bandwidth (torch's copy_ over tensors of the same size, 2 B, timed in turn with everything else)
+says how near to the limit an implementation is. One that reads a tensor twice shows a lower share, as it should.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Measurement, Timer
+
+from benchmarks import machine
+from benchmarks.providers import MEMORY_FORMATS, Contender
+
+PASSES = {"forward": 2, "training": 5}
+Inputs = Tuple[Tensor, ...]
+
+
+def limit_bytes(numel: int, itemsize: int, mode: str) -> int:
+    """The bytes that the op has to move at least; `mode` is "forward" or "training"."""
+    return PASSES[mode] * numel * itemsize
+
+
+# ---- inputs
+
+
+def random_tensor(shape: Sequence[int], layout: str, device, dtype) -> Tensor:
+    """Fresh normal data in this memory format."""
+    if layout == "channels_last" and len(shape) == 5:
+        layout = "channels_last_3d"
+    return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=MEMORY_FORMATS[layout])
+
+
+def make_inputs(shape: Sequence[int], layout: str, mode: str, device, dtype, limit: int = 64) -> List[Inputs]:
+    """(x,) or (x, dy), as often as fills the last-level cache twice (at most `limit` times), so that a call finds its
+    input in memory."""
+    size = math.prod(shape) * dtype.itemsize * (1 if mode == "forward" else 2)
+    sets = min(limit, max(2, math.ceil(2 * machine.cache_bytes(device) / size)))
+    if mode == "forward":
+        return [(random_tensor(shape, layout, device, dtype),) for _ in range(sets)]
+    return [
+        (random_tensor(shape, layout, device, dtype).requires_grad_(), random_tensor(shape, layout, device, dtype))
+        for _ in range(sets)
+    ]
+
+
+# ---- what is run
+
+
+def runner(contender: Contender, mode: str) -> Callable[..., object]:
+    """What is timed: the forward pass, or forward and backward."""
+    if mode == "forward":
+        return contender.call
+    return lambda x, dy: torch.autograd.grad(contender.call(x), [x, *contender.parameters], dy)
+
+
+def results(contender: Contender, mode: str, inputs: Inputs) -> List[Tensor]:
+    """y, and for training also dx and the gradient of each parameter."""
+    if mode == "forward":
+        with torch.no_grad():
+            return [contender.call(inputs[0])]
+    x, dy = inputs
+    y = contender.call(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *contender.parameters], dy)]
+
+
+# ---- checks
+
+
+class CheckFailed(Exception):
+    """A provider's result is wrong."""
+
+
+def error(got: Tensor, oracle: Tensor, scale: float) -> float:
+    """The largest difference, in units of `scale`; infinite where one is NaN or the shapes differ."""
+    if got.shape != oracle.shape:
+        return math.inf
+    difference = largest(got.double() - oracle)
+    return difference / (scale or 1.0) if math.isfinite(difference) else math.inf
+
+
+def errors(got: Sequence[Tensor], oracle: Sequence[Tensor]) -> List[float]:
+    """Of y and dx relative to their largest values; of the parameters' gradients relative to the largest of them all,
+    since some of them vanish but for rounding (a bias in front of a norm over single channels)."""
+    shared = max(map(largest, oracle[2:]), default=0.0)
+    scales = [largest(o) for o in oracle[:2]] + [shared] * len(oracle[2:])
+    return [error(*each) for each in zip(got, oracle, scales, strict=True)]
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+# How many times eager's error, and how many units in the last place beyond, a provider may be off. The margin is for
+# other people's compilers, summation orders and convolution algorithms: tests hold the kernels to a tighter bound.
+MARGINS = {"op": (2, 4), "block": (4, 16)}
+
+
+def check(found: Sequence[float], eager: Sequence[float], level: str, dtype: torch.dtype) -> None:
+    """Raises CheckFailed unless each error is near eager's own on the same data, and eager near the oracle at all."""
+    names = ["y", "dx", *(f"the gradient of parameter {i}" for i in range(len(found) - 2))]
+    factor, units = MARGINS[level]
+    for name, mine, ruler in zip(names, found, eager):
+        allowed = factor * min(ruler, 0.05) + units * torch.finfo(dtype).eps
+        if not mine <= allowed:
+            raise CheckFailed(f"{name} is off by {mine:.2g} of its largest value, {allowed:.2g} allowed")
+
+
+def kept_bytes(contender: Contender, x: Tensor) -> int:
+    """Bytes that autograd keeps between forward and backward: each storage once, parameters not counted."""
+    parameters = {p.untyped_storage().data_ptr() for p in contender.parameters}
+    kept: Dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = contender.call(x)  # lives to the end of the block, and its graph with it: no address is used twice
+    del y
+    return sum(kept.values())
+
+
+# ---- timing
+
+
+@dataclass
+class Timing:
+    """Seconds a call: `wall` as the caller waits, `device` by CUDA-graph replay, each with its interquartile range."""
+
+    wall: Optional[Measurement] = None
+    device: Optional[Measurement] = None
+    replayed: int = 1  # calls in one replay
+    note: str = ""
+
+    def seconds(self, clock: str) -> Optional[float]:
+        measured = getattr(self, clock)
+        return measured and measured.median / (self.replayed if clock == "device" else 1)
+
+    def spread(self, clock: str) -> Optional[float]:
+        measured = getattr(self, clock)
+        return measured and measured.iqr / (self.replayed if clock == "device" else 1)
+
+
+@dataclass
+class Turn:
+    """One provider's timers, and what they have measured so far."""
+
+    timers: Dict[str, Timer]
+    replayed: int = 1
+    note: str = ""
+    measured: Dict[str, List[Measurement]] = field(default_factory=lambda: {"wall": [], "device": []})
+
+
+def wall_timer(run: Callable, sets: List[Inputs]) -> Timer:
+    """A timer of `run` over the inputs in rotation; the statement is all there is in the loop.
+
+    Results are dropped, so the allocator hands the same memory out again, as it does in a model's forward pass. To
+    keep them would measure the page faults of fresh memory on a CPU.
+    """
+    names = {"run": run, "sets": itertools.cycle(sets)}
+    return Timer("run(*next(sets))", globals=names, num_threads=torch.get_num_threads())
+
+
+def graph_timer(run: Callable, sets: List[Inputs]) -> Timer:
+    """A timer of a CUDA graph that holds one call for each of the inputs: no launch or Python time between kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for inputs in sets[:2]:
+            run(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [run(*inputs) for inputs in sets]
+    # The outputs are kept with the graph: each call of it writes memory of its own.
+    return Timer("graph.replay()", globals={"graph": graph, "outputs": outputs}, num_threads=torch.get_num_threads())
+
+
+def prepare(run: Callable, sets: List[Inputs], graphs: bool) -> Turn:
+    """The timers of one provider: wall always, device time on CUDA."""
+    turn = Turn({"wall": wall_timer(run, sets)})
+    if graphs and sets[0][0].is_cuda:
+        try:
+            turn.timers["device"] = graph_timer(run, sets)
+            turn.replayed = len(sets)
+        except RuntimeError as e:
+            torch.cuda.synchronize()
+            turn.note = f"no device time, graph capture failed: {first_line(e)}"
+    return turn
+
+
+def time_in_turn(
+    runs: Dict[str, Callable], sets: List[Inputs], mode: str, min_run_time: float, graphs: bool = True
+) -> Dict[str, Timing]:
+    """Medians of all, measured in rounds with each in its turn: whatever else the machine does hits all alike."""
+    with torch.set_grad_enabled(mode == "training"):
+        turns = {name: prepare(run, sets, graphs) for name, run in runs.items()}
+        done, rounds = 0, 5
+        while done < rounds:
+            for turn in turns.values():
+                for clock, timer in turn.timers.items():
+                    turn.measured[clock].append(timer.blocked_autorange(min_run_time=min_run_time / 5))
+            done += 1
+            rounds = enough_rounds(max((t.measured["wall"][0].median for t in turns.values()), default=0), min_run_time)
+    return {
+        name: Timing(merge(turn.measured["wall"]), merge(turn.measured["device"]), turn.replayed, turn.note)
+        for name, turn in turns.items()
+    }
+
+
+def enough_rounds(slowest: float, min_run_time: float) -> int:
+    """Five, and fewer where one call already takes long: a round is at least two calls of everybody."""
+    if slowest < min_run_time:
+        return 5
+    return 3 if slowest < 1 else 2 if slowest < 5 else 1
+
+
+def merge(measured: List[Measurement]) -> Optional[Measurement]:
+    return Measurement.merge(measured)[0] if measured else None
+
+
+def copy_runner(sets: List[Inputs]) -> Callable[..., None]:
+    """torch's copy_ of x under the conditions of the others: into one tensor on a CPU, where the allocator hands out
+    the same memory, and into as many as there are inputs on CUDA, where a graph's outputs are all kept."""
+    targets = itertools.cycle([x.detach().clone() for x, *_ in (sets if sets[0][0].is_cuda else sets[:1])])
+    return lambda x, *_: next(targets).copy_(x.detach())
+
+
+def first_line(e: BaseException) -> str:
+    """An exception in one line, for a table's footnote."""
+    text = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {text[0].strip()}" if text else type(e).__name__

@@ -1,0 +1,209 @@
+// What the kernels share: vector accesses, activation, reductions, units of work and launching.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "cuda/plan.h"
+#include "problem.h"
+
+namespace ldm_fused {
+
+// ---- Memory ---------------------------------------------------------------------------------------------------
+
+// V consecutive elements, moved in accesses of 16 bytes.
+template <class T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vec {
+  T e[V];
+};
+
+template <class T, int V>
+__device__ __forceinline__ Vec<T, V> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, V>*>(from);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store(T* to, const Vec<T, V>& v) {
+  *reinterpret_cast<Vec<T, V>*>(to) = v;
+}
+
+// ---- Activation -----------------------------------------------------------------------------------------------
+
+// The fast exponential and division err by a few units in the last place of float: below the rounding of 16 bits, and
+// for results kept in float32 the accurate ones are used.
+template <bool Fast>
+__device__ __forceinline__ float sigmoid(float u) {
+  if constexpr (Fast) return __fdividef(1.0f, 1.0f + __expf(-u));
+  return 1.0f / (1.0f + expf(-u));
+}
+
+template <bool Fast>
+__device__ __forceinline__ double sigmoid(double u) {
+  return 1.0 / (1.0 + exp(-u));
+}
+
+template <class T>
+constexpr bool kFast = sizeof(T) == 2;
+
+// d/du (u * sigmoid(u))
+template <bool Fast, class A>
+__device__ __forceinline__ A silu_slope(A u) {
+  const A s = sigmoid<Fast>(u);
+  return s * (A(1) + u * (A(1) - s));
+}
+
+// ---- Reductions -----------------------------------------------------------------------------------------------
+
+// Count, mean and sum of squared deviations, merged as Chan, Golub and LeVeque (1979) do: no E[x^2] - E[x]^2 that
+// would cancel, and no sum of x that would overflow before x does.
+template <class A>
+struct Moments {
+  A count, mean, m2;
+
+  __device__ void merge(const Moments& other) {
+    if (other.count == A(0)) return;
+    const A total = count + other.count;
+    const A part = other.count / total;
+    const A delta = other.mean - mean;
+    mean += delta * part;
+    m2 += other.m2 + (delta * part) * (delta * count);  // not delta^2: infinity times an empty count would be NaN
+    count = total;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T shuffle_down(const T& value, int offset, int width) {
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t words[kWords];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_down_sync(0xffffffffu, words[i], offset, width);
+  T result;
+  memcpy(&result, words, sizeof(T));
+  return result;
+}
+
+// Merges the values of a team (a power of two up to 32 neighbouring lanes, or the whole block) in a fixed order. The
+// result is the team's first thread's. All threads of the team's warps must call it.
+template <class T>
+__device__ __forceinline__ T team_reduce(T value, int team) {
+  const int width = team < 32 ? team : 32;
+  for (int offset = width / 2; offset > 0; offset /= 2) value.merge(shuffle_down(value, offset, width));
+  if (team > 32) {
+    __shared__ T warps[32];
+    const int warp = threadIdx.x / 32, warps_used = blockDim.x / 32;
+    if (threadIdx.x % 32 == 0) warps[warp] = value;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < warps_used; ++w) value.merge(warps[w]);
+    }
+    __syncthreads();  // `warps` may be written again by the next call
+  }
+  return value;
+}
+
+// Merges what the threads of each column left in shared memory, two rows of the block at a time; the results are row
+// 0's. All threads of the block must call it.
+template <class T, int V>
+__device__ __forceinline__ void merge_rows(T (&rows)[V][kThreads]) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  for (int height = blockDim.y; height > 1;) {
+    const int half = (height + 1) / 2;
+    __syncthreads();
+    if (int(threadIdx.y) < height - half) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) rows[e][thread].merge(rows[e][thread + half * blockDim.x]);
+    }
+    height = half;
+  }
+}
+
+// ---- Units ----------------------------------------------------------------------------------------------------
+
+// The part of the tensor that a thread works on; Tiling says how the tensor is cut.
+struct Unit {
+  int64_t n;               // sample
+  int64_t c;               // channel, or the first of the thread's `vector` channels
+  int64_t chunk;           // index of the chunk
+  int64_t first;           // offset of the channel's element 0 from the tensor's start
+  int64_t begin, end;      // elements of the channel: this thread takes begin, begin + step, ...
+  int64_t step;
+  bool exists;
+};
+
+// Rows: a thread's elements are begin .. begin + vector - 1, then step further. `reverse` walks the units backward, so
+// that a second pass starts on what the first one left in L2.
+__device__ __forceinline__ Unit row_unit(const Shape& shape, const Tiling& t, bool reverse = false) {
+  const int64_t units = shape.rows() * t.chunks;
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / t.team) + threadIdx.x / t.team;
+  Unit unit{};
+  unit.exists = index < units;
+  if (!unit.exists) return unit;
+  const int64_t u = reverse ? units - 1 - index : index;
+  const int64_t row = u / t.chunks;
+  unit.chunk = u % t.chunks;
+  unit.n = row / shape.channels;
+  unit.c = row % shape.channels;
+  unit.first = row * shape.spatial;
+  unit.begin = unit.chunk * t.chunk + int64_t(threadIdx.x % t.team) * t.vector;
+  unit.end = min((unit.chunk + 1) * t.chunk, shape.spatial);
+  unit.step = int64_t(t.team) * t.vector;
+  return unit;
+}
+
+// Columns: a thread's elements are `vector` channels of pixel begin, then of the pixel `step` further down.
+__device__ __forceinline__ Unit column_unit(const Shape& shape, const Tiling& t, bool reverse = false) {
+  const int64_t units = shape.batch * t.chunks;
+  const int64_t u = reverse ? units - 1 - blockIdx.x : blockIdx.x;
+  Unit unit{};
+  unit.n = u / t.chunks;
+  unit.c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * t.vector;
+  unit.exists = unit.c < shape.channels;
+  unit.chunk = u % t.chunks;
+  unit.first = unit.n * shape.spatial * shape.channels + unit.c;
+  unit.begin = unit.chunk * t.chunk + threadIdx.y;
+  unit.end = unit.exists ? min((unit.chunk + 1) * t.chunk, shape.spatial) : unit.begin;
+  unit.step = blockDim.y;
+  return unit;
+}
+
+// Where the partial result of channel c and chunk k lies: consecutive for the units that one block writes.
+__device__ __forceinline__ int64_t partial_index(const Shape& shape, const Tiling& t, int64_t n, int64_t c, int64_t k) {
+  return t.columns ? (n * t.chunks + k) * shape.channels + c : (n * shape.channels + c) * t.chunks + k;
+}
+
+// ---- Launching ------------------------------------------------------------------------------------------------
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t stream, const Params& params) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+inline dim3 grid_of(const Tiling& t) { return dim3(unsigned(t.grid_x), unsigned(t.grid_y)); }
+inline dim3 block_of(const Tiling& t) { return dim3(unsigned(t.block_x), unsigned(t.block_y)); }
+
+// Calls f with a value of the storage type of each dtype; only the pairs that the ops accept are compiled: the same
+// type twice, or float with a 16-bit type.
+template <class F>
+cudaError_t dispatch_pair(Dtype x, Dtype y, F&& f) {
+  if (x == y) {
+    switch (x) {
+      case Dtype::float64: return f(double{}, double{});
+      case Dtype::float32: return f(float{}, float{});
+      case Dtype::float16: return f(Half{}, Half{});
+      case Dtype::bfloat16: return f(BFloat16{}, BFloat16{});
+    }
+  }
+  if (x == Dtype::float16 && y == Dtype::float32) return f(Half{}, float{});
+  if (x == Dtype::bfloat16 && y == Dtype::float32) return f(BFloat16{}, float{});
+  if (x == Dtype::float32 && y == Dtype::float16) return f(float{}, Half{});
+  if (x == Dtype::float32 && y == Dtype::bfloat16) return f(float{}, BFloat16{});
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace ldm_fused

@@ -1,0 +1,315 @@
+// GroupNorm and activation, backward: sums, merge, input gradient, parameter gradients.
+//
+// Memory passes: x and dy twice, dx once (5 B, where 3 B is the limit; the second pass starts on what L2 still holds).
+// Nothing of the tensor's size was kept by the forward pass but x itself: the activation is computed again.
+//
+// Three sums a channel (GradientSums) give dx and the gradients of all parameters.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace ldm_fused {
+
+struct BackwardParams {
+  const void* dy;    // in, dtype Y
+  const void* x;     // in, dtype X, same layout
+  const void* mean;  // in, (N, G) of Accumulate<X>
+  const void* rstd;  // in, (N, G) of Accumulate<X>
+  void* dx;          // out, dtype X, same layout; null: not wanted
+  void* partials;    // workspace, partials_of() times `sums` of Accumulate<X>: GradientSums of a channel's chunk
+  void* totals;      // workspace, (N, C) times `sums` of Accumulate<X>: GradientSums of a channel
+  void* projections; // workspace, (N, G) of Projection<Accumulate<X>>
+  Affine affine;     // in
+  Gradients gradients;  // out
+  Shape shape;
+  Tiling reduce, apply;
+  int sums;          // 2, or 3 where dpre_bias is wanted
+  bool silu;
+};
+
+template <class A>
+__device__ __forceinline__ GradientSums<A> load_sums(const void* array, int64_t index, int sums) {
+  const A* at = static_cast<const A*>(array) + index * sums;
+  return {at[0], at[1], sums == 3 ? at[2] : A(0)};
+}
+
+template <class A>
+__device__ __forceinline__ void store_sums(void* array, int64_t index, int sums, const GradientSums<A>& value) {
+  A* at = static_cast<A*>(array) + index * sums;
+  at[0] = value.dz;
+  at[1] = value.dz_x;
+  if (sums == 3) at[2] = value.x;
+}
+
+template <class A>
+__device__ __forceinline__ ChannelAffine<A> load_affine(const BackwardParams& p, int64_t n, int64_t c) {
+  const int64_t group = n * p.shape.groups + c / p.shape.channels_per_group();
+  return channel_affine<A>(p.affine, n, c, static_cast<const A*>(p.mean)[group],
+                           static_cast<const A*>(p.rstd)[group]);
+}
+
+template <class A>
+__device__ __forceinline__ Projection<A> load_projection(const BackwardParams& p, int64_t n, int64_t c) {
+  const int64_t group = n * p.shape.groups + c / p.shape.channels_per_group();
+  return static_cast<const Projection<A>*>(p.projections)[group];
+}
+
+// dy times the activation's derivative at x.
+template <bool Fast, class A>
+__device__ __forceinline__ A gradient_of_affine(const ChannelAffine<A>& affine, A x, A dy, bool silu) {
+  return silu ? dy * silu_slope<Fast>(affine(x)) : dy;
+}
+
+template <bool Fast, class A>
+__device__ __forceinline__ void accumulate(GradientSums<A>& sums, const ChannelAffine<A>& affine, A x, A dy, bool silu) {
+  const A dz = gradient_of_affine<Fast>(affine, x, dy, silu);
+  sums.dz += dz;
+  sums.dz_x += dz * (x - affine.center);
+  sums.x += x - affine.center;
+}
+
+// Reads x and dy once; writes the sums of a channel and chunk.
+template <class X, class Y, int V>
+__global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
+  using A = Accumulate<X>;
+  const Unit unit = row_unit(p.shape, p.reduce);
+  GradientSums<A> sums{};
+  if (unit.exists) {
+    const X* x = static_cast<const X*>(p.x) + unit.first;
+    const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
+    const auto affine = load_affine<A>(p, unit.n, unit.c);
+    for (int64_t i = unit.begin; i < unit.end; i += kVectorsInFlight * unit.step) {
+      Vec<X, V> vx[kVectorsInFlight];
+      Vec<Y, V> vdy[kVectorsInFlight];
+#pragma unroll
+      for (int k = 0; k < kVectorsInFlight; ++k) {
+        const int64_t at = i + k * unit.step;
+        if (at < unit.end) vx[k] = load<X, V>(x + at);
+        if (at < unit.end) vdy[k] = load<Y, V>(dy + at);
+      }
+#pragma unroll
+      for (int k = 0; k < kVectorsInFlight; ++k) {
+        if (i + k * unit.step >= unit.end) break;
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          accumulate<kFast<X>>(sums, affine, A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
+        }
+      }
+    }
+  }
+  sums = team_reduce(sums, p.reduce.team);
+  if (unit.exists && threadIdx.x % p.reduce.team == 0) {
+    store_sums(p.partials, partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk), p.sums, sums);
+  }
+}
+
+// Reads x and dy once; writes the sums of a channel and chunk.
+template <class X, class Y, int V>
+__global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
+  using A = Accumulate<X>;
+  constexpr int kInFlight = kVectorsInFlight / 2;  // of x and of dy, so that a thread's channels fit its registers
+  const Unit unit = column_unit(p.shape, p.reduce);
+  const X* x = static_cast<const X*>(p.x) + unit.first;
+  const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
+  ChannelAffine<A> affine[V];
+  GradientSums<A> sums[V]{};
+  if (unit.exists) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) affine[e] = load_affine<A>(p, unit.n, unit.c + e);
+  }
+  for (int64_t pixel = unit.begin; pixel < unit.end; pixel += kInFlight * unit.step) {
+    Vec<X, V> vx[kInFlight];
+    Vec<Y, V> vdy[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = pixel + k * unit.step;
+      if (at < unit.end) vx[k] = load<X, V>(x + at * p.shape.channels);
+      if (at < unit.end) vdy[k] = load<Y, V>(dy + at * p.shape.channels);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (pixel + k * unit.step >= unit.end) break;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        accumulate<kFast<X>>(sums[e], affine[e], A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
+      }
+    }
+  }
+
+  __shared__ GradientSums<A> rows[V][kThreads];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int e = 0; e < V; ++e) rows[e][thread] = sums[e];
+  merge_rows(rows);
+  if (unit.exists && threadIdx.y == 0) {
+    const int64_t first = partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk);
+#pragma unroll
+    for (int e = 0; e < V; ++e) store_sums(p.partials, first + e, p.sums, rows[e][thread]);
+  }
+}
+
+// Small: one block a group. A warp adds up the chunks of a channel, the block its channels; writes the totals of each
+// channel and the group's k1 and k2.
+template <class A>
+__global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
+  const int64_t n = blockIdx.x / p.shape.groups, g = blockIdx.x % p.shape.groups;
+  const int64_t channels = p.shape.channels_per_group();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  GradientSums<A> group{};
+  for (int64_t i = warp; i < channels; i += kThreads / 32) {
+    const int64_t c = g * channels + i;
+    GradientSums<A> channel{};
+    for (int64_t k = lane; k < p.reduce.chunks; k += 32) {
+      channel.merge(load_sums<A>(p.partials, partial_index(p.shape, p.reduce, n, c, k), p.sums));
+    }
+    channel = team_reduce(channel, 32);
+    if (lane == 0) {
+      store_sums(p.totals, n * p.shape.channels + c, p.sums, channel);
+      const A gain = p.affine.weight.load<A>(n, c, 1) * (A(1) + p.affine.scale.load<A>(n, c, 0));
+      group.merge({gain * channel.dz, gain * channel.dz_x, A(0)});
+    }
+  }
+  group = team_reduce(group, kThreads);
+  if (threadIdx.x == 0) {
+    const A rstd = static_cast<const A*>(p.rstd)[blockIdx.x];
+    const A count = A(channels) * A(p.shape.spatial);
+    static_cast<Projection<A>*>(p.projections)[blockIdx.x] = {rstd * (group.dz / count),
+                                                              rstd * rstd * rstd * (group.dz_x / count)};
+  }
+}
+
+// Small: one thread a channel walks the samples.
+template <class A>
+__global__ void __launch_bounds__(kThreads) parameter_gradients(BackwardParams p) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= p.shape.channels) return;
+  ParameterGradients<A> sum{};
+  for (int64_t n = 0; n < p.shape.batch; ++n) {
+    const int64_t group = n * p.shape.groups + c / p.shape.channels_per_group();
+    sum.add(p.affine, p.gradients, p.shape, n, c, static_cast<const A*>(p.rstd)[group],
+            static_cast<const Projection<A>*>(p.projections)[group],
+            load_sums<A>(p.totals, n * p.shape.channels + c, p.sums));
+  }
+  sum.store(p.gradients, c);
+}
+
+// dx = slope * dz - k1 - k2 * (x - center)
+template <class X, class A>
+__device__ __forceinline__ X input_gradient(const ChannelAffine<A>& affine, const Projection<A>& projection, A x,
+                                            A dy, bool silu) {
+  const A dz = gradient_of_affine<kFast<X>>(affine, x, dy, silu);
+  return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center));
+}
+
+// Reads x and dy once, writes dx once.
+template <class X, class Y, int V>
+__global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p) {
+  using A = Accumulate<X>;
+  constexpr int kInFlight = kVectorsInFlight / 2;  // of x and of dy
+  const Unit unit = row_unit(p.shape, p.apply, /*reverse=*/true);
+  if (!unit.exists) return;
+  const X* x = static_cast<const X*>(p.x) + unit.first;
+  const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
+  X* dx = static_cast<X*>(p.dx) + unit.first;
+  const auto affine = load_affine<A>(p, unit.n, unit.c);
+  const auto projection = load_projection<A>(p, unit.n, unit.c);
+  for (int64_t i = unit.begin; i < unit.end; i += kInFlight * unit.step) {
+    Vec<X, V> vx[kInFlight];
+    Vec<Y, V> vdy[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = i + k * unit.step;
+      if (at < unit.end) vx[k] = load<X, V>(x + at);
+      if (at < unit.end) vdy[k] = load<Y, V>(dy + at);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = i + k * unit.step;
+      if (at >= unit.end) break;
+      Vec<X, V> out;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        out.e[e] = input_gradient<X>(affine, projection, A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
+      }
+      store(dx + at, out);
+    }
+  }
+}
+
+// Reads x and dy once, writes dx once.
+template <class X, class Y, int V>
+__global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParams p) {
+  using A = Accumulate<X>;
+  constexpr int kInFlight = kVectorsInFlight / 2;  // of x and of dy
+  const Unit unit = column_unit(p.shape, p.apply, /*reverse=*/true);
+  if (!unit.exists) return;
+  const X* x = static_cast<const X*>(p.x) + unit.first;
+  const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
+  X* dx = static_cast<X*>(p.dx) + unit.first;
+  ChannelAffine<A> affine[V];
+  Projection<A> projection[V];
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    affine[e] = load_affine<A>(p, unit.n, unit.c + e);
+    projection[e] = load_projection<A>(p, unit.n, unit.c + e);
+  }
+  for (int64_t pixel = unit.begin; pixel < unit.end; pixel += kInFlight * unit.step) {
+    Vec<X, V> vx[kInFlight];
+    Vec<Y, V> vdy[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = pixel + k * unit.step;
+      if (at < unit.end) vx[k] = load<X, V>(x + at * p.shape.channels);
+      if (at < unit.end) vdy[k] = load<Y, V>(dy + at * p.shape.channels);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = pixel + k * unit.step;
+      if (at >= unit.end) break;
+      Vec<X, V> out;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        out.e[e] = input_gradient<X>(affine[e], projection[e], A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
+      }
+      store(dx + at * p.shape.channels, out);
+    }
+  }
+}
+
+// ---- Launching ------------------------------------------------------------------------------------------------
+
+template <class X, class Y>
+cudaError_t launch_sums(const BackwardParams& p, cudaStream_t stream) {
+  constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+  const auto kernel = p.reduce.columns ? (p.reduce.vector == 1 ? sums_columns<X, Y, 1> : sums_columns<X, Y, V>)
+                                       : (p.reduce.vector == 1 ? sums_rows<X, Y, 1> : sums_rows<X, Y, V>);
+  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p);
+}
+
+template <class X, class Y>
+cudaError_t launch_input_gradient(const BackwardParams& p, cudaStream_t stream) {
+  constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+  const auto kernel = p.apply.columns
+                          ? (p.apply.vector == 1 ? input_gradient_columns<X, Y, 1> : input_gradient_columns<X, Y, V>)
+                          : (p.apply.vector == 1 ? input_gradient_rows<X, Y, 1> : input_gradient_rows<X, Y, V>);
+  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p);
+}
+
+// All of the backward pass for a tensor that is not empty, asynchronously on `stream`.
+inline cudaError_t group_norm_act_backward(const BackwardParams& p, Dtype x, Dtype dy, cudaStream_t stream) {
+  return dispatch_pair(x, dy, [&](auto x_type, auto dy_type) {
+    using X = decltype(x_type);
+    using Y = decltype(dy_type);
+    using A = Accumulate<X>;
+    if (const cudaError_t error = launch_sums<X, Y>(p, stream)) return error;
+    const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
+    if (const cudaError_t error = launch(merge_sums<A>, groups, kThreads, stream, p)) return error;
+    if (p.gradients.any()) {
+      const dim3 channels(unsigned(ceil_div(p.shape.channels, kThreads)));
+      if (const cudaError_t error = launch(parameter_gradients<A>, channels, kThreads, stream, p)) return error;
+    }
+    return p.dx == nullptr ? cudaSuccess : launch_input_gradient<X, Y>(p, stream);
+  });
+}
+
+}  // namespace ldm_fused

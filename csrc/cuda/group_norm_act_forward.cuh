@@ -1,0 +1,248 @@
+// GroupNorm and activation, forward: statistics, merge, apply.
+//
+// Memory passes over x: two reads and one write (3 B, where 2 B is the limit; what L2 still holds of the first pass is
+// read from there). Parallel over channels and chunks of them, so that batch 1 with 32 groups fills the chip.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace ldm_fused {
+
+struct ForwardParams {
+  const void* x;   // in, dtype X
+  void* y;         // out, dtype Y, same layout
+  void* mean;      // out, (N, G) of Accumulate<X>: mean of x + pre_bias
+  void* rstd;      // out, (N, G) of Accumulate<X>: 1 / sqrt(var + eps)
+  void* partials;  // workspace, partials_of() pairs of Accumulate<X>: mean and m2 of a channel's chunk
+  Affine affine;   // in
+  Shape shape;
+  Tiling reduce, apply;
+  double eps;
+  bool silu;
+};
+
+// The moments of one chunk by one thread, gathered in batches: a batch is held in registers, averaged, centered and
+// then merged, which costs one division a batch. All values are relative to `shift`, an element of the channel: the
+// subtraction of neighbours is nearly exact, so that a large mean costs no digits.
+template <class A>
+struct BatchedMoments {
+  Moments<A> total{};
+
+  template <int Count>
+  __device__ __forceinline__ void add(const A (&values)[Count]) {
+    A mean = 0, m2 = 0;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) mean += values[i] * (A(1) / Count);
+#pragma unroll
+    for (int i = 0; i < Count; ++i) m2 += (values[i] - mean) * (values[i] - mean);
+    total.merge({A(Count), mean, m2});
+  }
+};
+
+// Reads x once; writes one pair a channel and chunk.
+template <class X, int V>
+__global__ void __launch_bounds__(kThreads) statistics_rows(ForwardParams p) {
+  using A = Accumulate<X>;
+  const Unit unit = row_unit(p.shape, p.reduce);
+  BatchedMoments<A> moments;
+  A shift = 0;
+  if (unit.exists) {
+    const X* x = static_cast<const X*>(p.x) + unit.first;
+    shift = widen(x[unit.chunk * p.reduce.chunk]);
+    int64_t i = unit.begin;
+    for (; i + (kVectorsInFlight - 1) * unit.step < unit.end; i += kVectorsInFlight * unit.step) {
+      Vec<X, V> v[kVectorsInFlight];
+#pragma unroll
+      for (int k = 0; k < kVectorsInFlight; ++k) v[k] = load<X, V>(x + i + k * unit.step);
+      A values[kVectorsInFlight * V];
+#pragma unroll
+      for (int k = 0; k < kVectorsInFlight * V; ++k) values[k] = widen(v[k / V].e[k % V]) - shift;
+      moments.add(values);
+    }
+    for (; i < unit.end; i += unit.step) {
+      const Vec<X, V> v = load<X, V>(x + i);
+      A values[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k) values[k] = widen(v.e[k]) - shift;
+      moments.add(values);
+    }
+  }
+  const Moments<A> chunk = team_reduce(moments.total, p.reduce.team);
+  if (unit.exists && threadIdx.x % p.reduce.team == 0) {
+    A* partial = static_cast<A*>(p.partials) + 2 * partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk);
+    partial[0] = chunk.mean + shift;
+    partial[1] = chunk.m2;
+  }
+}
+
+// Reads x once; writes one pair a channel and chunk.
+template <class X, int V>
+__global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) {
+  using A = Accumulate<X>;
+  const Unit unit = column_unit(p.shape, p.reduce);
+  const X* x = static_cast<const X*>(p.x) + unit.first;
+  A shift[V];
+  BatchedMoments<A> moments[V];
+  if (unit.exists) {
+    const Vec<X, V> v = load<X, V>(x + unit.chunk * p.reduce.chunk * p.shape.channels);
+#pragma unroll
+    for (int e = 0; e < V; ++e) shift[e] = widen(v.e[e]);
+  }
+  int64_t pixel = unit.begin;
+  for (; pixel + (kVectorsInFlight - 1) * unit.step < unit.end; pixel += kVectorsInFlight * unit.step) {
+    Vec<X, V> v[kVectorsInFlight];
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) v[k] = load<X, V>(x + (pixel + k * unit.step) * p.shape.channels);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      A values[kVectorsInFlight];
+#pragma unroll
+      for (int k = 0; k < kVectorsInFlight; ++k) values[k] = widen(v[k].e[e]) - shift[e];
+      moments[e].add(values);
+    }
+  }
+  for (; pixel < unit.end; pixel += unit.step) {
+    const Vec<X, V> v = load<X, V>(x + pixel * p.shape.channels);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const A values[1] = {widen(v.e[e]) - shift[e]};
+      moments[e].add(values);
+    }
+  }
+
+  __shared__ Moments<A> rows[V][kThreads];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int e = 0; e < V; ++e) rows[e][thread] = moments[e].total;
+  merge_rows(rows);
+  if (unit.exists && threadIdx.y == 0) {
+    A* partial = static_cast<A*>(p.partials) + 2 * partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      partial[2 * e] = rows[e][thread].mean + shift[e];
+      partial[2 * e + 1] = rows[e][thread].m2;
+    }
+  }
+}
+
+// Small: one block a group merges the partial moments of its channels and chunks, in a fixed order.
+template <class A>
+__global__ void __launch_bounds__(kThreads) merge_statistics(ForwardParams p) {
+  const int64_t n = blockIdx.x / p.shape.groups, g = blockIdx.x % p.shape.groups;
+  const int64_t channels = p.shape.channels_per_group(), c0 = g * channels;
+  const A* partials = static_cast<const A*>(p.partials);
+  const A shift = partials[2 * partial_index(p.shape, p.reduce, n, c0, 0)];
+  Moments<A> moments{};
+  for (int64_t i = threadIdx.x; i < channels * p.reduce.chunks; i += blockDim.x) {
+    const int64_t c = p.reduce.columns ? i % channels : i / p.reduce.chunks;
+    const int64_t k = p.reduce.columns ? i / channels : i % p.reduce.chunks;
+    const A* partial = partials + 2 * partial_index(p.shape, p.reduce, n, c0 + c, k);
+    const A count = A(min(p.reduce.chunk, p.shape.spatial - k * p.reduce.chunk));
+    moments.merge({count, partial[0] - shift + p.affine.pre_bias.load<A>(n, c0 + c, 0), partial[1]});
+  }
+  moments = team_reduce(moments, blockDim.x);
+  if (threadIdx.x == 0) {
+    static_cast<A*>(p.mean)[blockIdx.x] = moments.mean + shift;
+    static_cast<A*>(p.rstd)[blockIdx.x] = A(1) / sqrt(moments.m2 / moments.count + A(p.eps));
+  }
+}
+
+template <class Y, class A>
+__device__ __forceinline__ Y activated(const ChannelAffine<A>& affine, A x, bool silu) {
+  const A u = affine(x);
+  return narrow<Y>(silu ? u * sigmoid<kFast<Y>>(u) : u);
+}
+
+// Reads x once, writes y once.
+template <class X, class Y, int V>
+__global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
+  using A = Accumulate<X>;
+  const Unit unit = row_unit(p.shape, p.apply, /*reverse=*/true);
+  if (!unit.exists) return;
+  const X* x = static_cast<const X*>(p.x) + unit.first;
+  Y* y = static_cast<Y*>(p.y) + unit.first;
+  const int64_t group = unit.n * p.shape.groups + unit.c / p.shape.channels_per_group();
+  const auto affine = channel_affine<A>(p.affine, unit.n, unit.c, static_cast<const A*>(p.mean)[group],
+                                        static_cast<const A*>(p.rstd)[group]);
+  for (int64_t i = unit.begin; i < unit.end; i += kVectorsInFlight * unit.step) {
+    Vec<X, V> in[kVectorsInFlight];
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      if (i + k * unit.step < unit.end) in[k] = load<X, V>(x + i + k * unit.step);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      if (i + k * unit.step >= unit.end) break;
+      Vec<Y, V> out;
+#pragma unroll
+      for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine, A(widen(in[k].e[e])), p.silu);
+      store(y + i + k * unit.step, out);
+    }
+  }
+}
+
+// Reads x once, writes y once.
+template <class X, class Y, int V>
+__global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
+  using A = Accumulate<X>;
+  const Unit unit = column_unit(p.shape, p.apply, /*reverse=*/true);
+  if (!unit.exists) return;
+  const X* x = static_cast<const X*>(p.x) + unit.first;
+  Y* y = static_cast<Y*>(p.y) + unit.first;
+  ChannelAffine<A> affine[V];
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const int64_t group = unit.n * p.shape.groups + (unit.c + e) / p.shape.channels_per_group();
+    affine[e] = channel_affine<A>(p.affine, unit.n, unit.c + e, static_cast<const A*>(p.mean)[group],
+                                  static_cast<const A*>(p.rstd)[group]);
+  }
+  for (int64_t pixel = unit.begin; pixel < unit.end; pixel += kVectorsInFlight * unit.step) {
+    Vec<X, V> in[kVectorsInFlight];
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      const int64_t at = pixel + k * unit.step;
+      if (at < unit.end) in[k] = load<X, V>(x + at * p.shape.channels);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      const int64_t at = pixel + k * unit.step;
+      if (at >= unit.end) break;
+      Vec<Y, V> out;
+#pragma unroll
+      for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[e], A(widen(in[k].e[e])), p.silu);
+      store(y + at * p.shape.channels, out);
+    }
+  }
+}
+
+// ---- Launching ------------------------------------------------------------------------------------------------
+
+template <class X>
+cudaError_t launch_statistics(const ForwardParams& p, cudaStream_t stream) {
+  constexpr int V = vector_of(sizeof(X));
+  const auto kernel = p.reduce.columns ? (p.reduce.vector == 1 ? statistics_columns<X, 1> : statistics_columns<X, V>)
+                                       : (p.reduce.vector == 1 ? statistics_rows<X, 1> : statistics_rows<X, V>);
+  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p);
+}
+
+template <class X, class Y>
+cudaError_t launch_apply(const ForwardParams& p, cudaStream_t stream) {
+  constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+  const auto kernel = p.apply.columns ? (p.apply.vector == 1 ? apply_columns<X, Y, 1> : apply_columns<X, Y, V>)
+                                      : (p.apply.vector == 1 ? apply_rows<X, Y, 1> : apply_rows<X, Y, V>);
+  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p);
+}
+
+// All of the forward pass for a tensor that is not empty, asynchronously on `stream`.
+inline cudaError_t group_norm_act_forward(const ForwardParams& p, Dtype x, Dtype y, cudaStream_t stream) {
+  return dispatch_pair(x, y, [&](auto x_type, auto y_type) {
+    using X = decltype(x_type);
+    using Y = decltype(y_type);
+    if (const cudaError_t error = launch_statistics<X>(p, stream)) return error;
+    const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
+    if (const cudaError_t error = launch(merge_statistics<Accumulate<X>>, groups, kThreads, stream, p)) return error;
+    return launch_apply<X, Y>(p, stream);
+  });
+}
+
+}  // namespace ldm_fused

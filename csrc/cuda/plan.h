@@ -1,0 +1,124 @@
+// From shape, layout, dtypes and device to launches and predicted bytes: plain C++, no CUDA, no torch.
+//
+// Both directions stream over the tensor twice: a first pass reduces it (statistics; backward: gradient sums), a
+// second pass, which needs the reductions, writes the result. A pass is cut into units, and a unit never leaves its
+// channels, so that what a thread needs to know of a channel is constant while it streams:
+//   rows     contiguous memory: a unit is a chunk of one channel, shared by a team of 1 to 256 threads;
+//   columns  channels_last: a unit is a chunk of pixels, a thread stays on its vector of channels.
+// The reductions leave one partial result a channel and chunk; a small kernel merges them in a fixed order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "problem.h"
+
+namespace ldm_fused {
+
+// What a plan looks at of a device.
+struct Device {
+  int multiprocessors;
+};
+
+struct Tiling {
+  bool columns;     // the layout, see above
+  int vector;       // consecutive elements a thread moves at once: 16 bytes of them, or 1 where they are not aligned
+  int team;         // rows: threads sharing a unit, a power of two up to 32, or the whole block
+  int block_x;      // rows: threads of a block; columns: vectors of channels side by side
+  int block_y;      // columns: pixels one below the other
+  int64_t chunk;    // elements of a channel in one unit
+  int64_t chunks;   // units covering a channel
+  int64_t grid_x;
+  int grid_y;       // columns: blocks side by side that cover all channels
+};
+
+struct Plan {
+  Tiling reduce, apply;
+  int64_t bytes_read, bytes_written;  // predicted traffic of all launches, the small ones included
+};
+
+constexpr int kThreads = 256;          // of a streaming block
+constexpr int kVectorsInFlight = 4;    // loads a thread issues before it uses the first one
+constexpr int kBlocksPerProcessor = 8; // 8 x 256 threads fill a multiprocessor
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Tiling tile_rows(const Shape& shape, int vector, const Device& device) {
+  const int64_t vectors = ceil_div(shape.spatial, vector);
+  Tiling t{};
+  t.vector = vector;
+  t.block_x = kThreads;
+  t.block_y = 1;
+  t.grid_y = 1;
+  if (vectors > 32 * 2 * kVectorsInFlight) {
+    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * kBlocksPerProcessor, shape.rows());
+    const int64_t useful = ceil_div(vectors, kThreads * kVectorsInFlight);
+    const int64_t chunk_vectors = ceil_div(ceil_div(vectors, std::min(wanted, useful)), kThreads) * kThreads;
+    t.team = kThreads;
+    t.chunk = chunk_vectors * vector;
+  } else {
+    t.team = 1;
+    while (t.team < 32 && t.team < vectors) t.team *= 2;
+    t.chunk = vectors * vector;
+  }
+  t.chunks = ceil_div(shape.spatial, t.chunk);
+  t.grid_x = ceil_div(shape.rows() * t.chunks, kThreads / t.team);
+  return t;
+}
+
+inline Tiling tile_columns(const Shape& shape, int vector, const Device& device) {
+  const int64_t vectors = ceil_div(shape.channels, vector);
+  Tiling t{};
+  t.columns = true;
+  t.vector = vector;
+  t.grid_y = int(ceil_div(vectors, kThreads));
+  t.block_x = int(ceil_div(vectors, t.grid_y));
+  t.block_y = kThreads / t.block_x;
+  const int64_t wanted =
+      ceil_div(int64_t(device.multiprocessors) * kBlocksPerProcessor, shape.batch * t.grid_y);
+  const int64_t useful = ceil_div(shape.spatial, t.block_y * kVectorsInFlight);
+  t.chunk = ceil_div(ceil_div(shape.spatial, std::min(wanted, useful)), t.block_y) * t.block_y;
+  t.chunks = ceil_div(shape.spatial, t.chunk);
+  t.grid_x = shape.batch * t.chunks;
+  return t;
+}
+
+// `widest` is the vector that moves 16 bytes of the narrowest tensor of the pass. It is used where every vector of
+// every tensor starts at a multiple of 16 bytes; `aligned` says whether the tensors themselves do.
+inline Tiling tile(const Shape& shape, int widest, bool aligned, const Device& device) {
+  const bool columns = shape.channels_last || shape.spatial == 1;
+  const int64_t run = columns ? shape.channels : shape.spatial;
+  const int vector = aligned && run % widest == 0 ? widest : 1;
+  return columns ? tile_columns(shape, vector, device) : tile_rows(shape, vector, device);
+}
+
+constexpr int vector_of(int size) { return 16 / size; }
+
+inline int64_t partials_of(const Shape& shape, const Tiling& reduce) { return shape.rows() * reduce.chunks; }
+
+// Forward: reads x twice, writes y.
+inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, const Device& device) {
+  const int sx = size_of(x), sy = size_of(y), sa = x == Dtype::float64 ? 8 : 4;
+  Plan plan{};
+  plan.reduce = tile(shape, vector_of(sx), aligned, device);
+  plan.apply = tile(shape, vector_of(std::min(sx, sy)), aligned, device);
+  const int64_t partials = 2 * sa * partials_of(shape, plan.reduce);
+  const int64_t statistics = 2 * sa * shape.batch * shape.groups;
+  plan.bytes_read = 2 * sx * shape.elements() + partials + statistics;
+  plan.bytes_written = sy * shape.elements() + partials + statistics;
+  return plan;
+}
+
+// Backward: reads x and dy twice, writes dx. `sums` per channel: 2, and a third where pre_bias wants its gradient.
+inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, int sums, const Device& device) {
+  const int sx = size_of(x), sy = size_of(dy), sa = x == Dtype::float64 ? 8 : 4;
+  Plan plan{};
+  plan.reduce = plan.apply = tile(shape, vector_of(std::min(sx, sy)), aligned, device);
+  const int64_t partials = sums * sa * partials_of(shape, plan.reduce);
+  const int64_t totals = sums * sa * shape.rows() + 2 * sa * shape.batch * shape.groups;
+  plan.bytes_read = 2 * (sx + sy) * shape.elements() + partials + totals;
+  plan.bytes_written = sx * shape.elements() + partials + totals;
+  return plan;
+}
+
+}  // namespace ldm_fused

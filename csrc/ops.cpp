@@ -1,0 +1,37 @@
+// The table of contents: every op's schema, what the binary was built of, and the Python module that loads it.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "problem.h"
+
+STABLE_TORCH_LIBRARY(ldm_fused, m) {
+  // y = act(group_norm(x + pre_bias) * (1 + scale) + shift), and the statistics (N, G) that backward needs.
+  m.def(
+      "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? pre_bias, "
+      "Tensor? scale, Tensor? shift, ScalarType? out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
+  // Gradients of what output_mask names: x, weight, bias, pre_bias, scale, shift. One not wanted has no elements.
+  m.def(
+      "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool silu, "
+      "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
+}
+
+#ifndef LDM_FUSED_CUDA
+#define LDM_FUSED_CUDA ""
+#endif
+#ifndef LDM_FUSED_CUDA_ARCHS
+#define LDM_FUSED_CUDA_ARCHS ""
+#endif
+
+static PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__, "built_with_torch",
+                       LDM_FUSED_TORCH, "cuda", LDM_FUSED_CUDA, "cuda_archs", LDM_FUSED_CUDA_ARCHS);
+}
+
+static PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What this binary was built of, all strings; empty where CUDA is not."},
+    {nullptr, nullptr, 0, nullptr}};
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,134 @@
+// What the op is given, without torch: shape, layout and per-channel parameters. Shared by the CPU and CUDA kernels.
+#pragma once
+
+#include "dtypes.h"
+
+namespace ldm_fused {
+
+struct Shape {
+  int64_t batch, channels, spatial;  // x is (batch, channels, spatial), or channels_last (batch, spatial, channels)
+  int64_t groups;
+  bool channels_last;
+
+  LDM_FUSED_HD int64_t channels_per_group() const { return channels / groups; }
+  LDM_FUSED_HD int64_t rows() const { return batch * channels; }
+  LDM_FUSED_HD int64_t elements() const { return rows() * spatial; }
+};
+
+// An optional per-channel parameter, (C,) or (N, C), in a dtype of its own.
+struct Parameter {
+  const void* data;      // null: absent
+  Dtype dtype;
+  int64_t batch_stride;  // 0 for (C,), C for (N, C)
+
+  template <class A>
+  LDM_FUSED_HD A load(int64_t n, int64_t c, A absent) const {
+    if (data == nullptr) return absent;
+    const int64_t i = n * batch_stride + c;
+    switch (dtype) {
+      case Dtype::float64: return A(static_cast<const double*>(data)[i]);
+      case Dtype::float32: return A(static_cast<const float*>(data)[i]);
+      case Dtype::float16: return A(widen(static_cast<const Half*>(data)[i]));
+      default: return A(widen(static_cast<const BFloat16*>(data)[i]));
+    }
+  }
+};
+
+// Where the gradient of a Parameter goes.
+struct Gradient {
+  void* data;  // null: not wanted
+  Dtype dtype;
+  int64_t batch_stride;
+
+  template <class A>
+  LDM_FUSED_HD void store(int64_t n, int64_t c, A value) const {
+    if (data == nullptr) return;
+    const int64_t i = n * batch_stride + c;
+    switch (dtype) {
+      case Dtype::float64: static_cast<double*>(data)[i] = double(value); break;
+      case Dtype::float32: static_cast<float*>(data)[i] = float(value); break;
+      case Dtype::float16: static_cast<Half*>(data)[i] = narrow<Half>(float(value)); break;
+      case Dtype::bfloat16: static_cast<BFloat16*>(data)[i] = narrow<BFloat16>(float(value)); break;
+    }
+  }
+};
+
+// u = ((x + pre_bias - mean) * rstd * weight + bias) * (1 + scale) + shift
+struct Affine {
+  Parameter weight, bias, pre_bias, scale, shift;
+};
+
+struct Gradients {
+  Gradient weight, bias, pre_bias, scale, shift;
+
+  bool any() const { return weight.data || bias.data || pre_bias.data || scale.data || shift.data; }
+};
+
+// The affine map of one channel of one sample: u = (x - center) * slope + offset. Subtracting first is what keeps
+// |mean| >> std exact.
+template <class A>
+struct ChannelAffine {
+  A center, slope, offset;
+
+  LDM_FUSED_HD A operator()(A x) const { return (x - center) * slope + offset; }
+};
+
+template <class A>
+LDM_FUSED_HD ChannelAffine<A> channel_affine(const Affine& affine, int64_t n, int64_t c, A mean, A rstd) {
+  const A gain = A(1) + affine.scale.load<A>(n, c, 0);
+  return {mean - affine.pre_bias.load<A>(n, c, 0),
+          rstd * affine.weight.load<A>(n, c, 1) * gain,
+          affine.bias.load<A>(n, c, 0) * gain + affine.shift.load<A>(n, c, 0)};
+}
+
+// Sums of the backward pass over one channel of one sample, or a chunk of it. With dz = dy * activation'(u), they give
+// the gradients of the input and of all parameters.
+template <class A>
+struct GradientSums {
+  A dz;    // sum of dz
+  A dz_x;  // sum of dz * (x - center)
+  A x;     // sum of (x - center): wanted by pre_bias alone
+
+  LDM_FUSED_HD void merge(const GradientSums& other) {
+    dz += other.dz;
+    dz_x += other.dz_x;
+    x += other.x;
+  }
+};
+
+// What the input gradient takes from the whole group: dx = slope * dz - k1 - k2 * (x - center), with
+//   k1 = rstd   / M * sum over the group of gain * dz
+//   k2 = rstd^3 / M * sum over the group of gain * dz * (x - center),   gain = weight * (1 + scale), M elements
+template <class A>
+struct Projection {
+  A k1, k2;
+};
+
+// Adds sample n's part to the gradients of channel c that are summed over the batch (dweight, dbias, and a dpre_bias
+// of shape (C,)); stores those that are not.
+template <class A>
+struct ParameterGradients {
+  A weight, bias, pre_bias;
+
+  LDM_FUSED_HD void add(const Affine& affine, const Gradients& gradients, const Shape& shape, int64_t n, int64_t c,
+                        A rstd, const Projection<A>& projection, const GradientSums<A>& total) {
+    const A w = affine.weight.load<A>(n, c, 1);
+    const A gain = A(1) + affine.scale.load<A>(n, c, 0);
+    const A dz_normalized = total.dz_x * rstd;
+    weight += gain * dz_normalized;
+    bias += gain * total.dz;
+    gradients.scale.store(n, c, w * dz_normalized + affine.bias.load<A>(n, c, 0) * total.dz);
+    gradients.shift.store(n, c, total.dz);
+    const A dx = rstd * w * gain * total.dz - A(shape.spatial) * projection.k1 - projection.k2 * total.x;
+    pre_bias += dx;
+    if (gradients.pre_bias.batch_stride) gradients.pre_bias.store(n, c, dx);
+  }
+
+  LDM_FUSED_HD void store(const Gradients& gradients, int64_t c) const {
+    gradients.weight.store(0, c, weight);
+    gradients.bias.store(0, c, bias);
+    if (!gradients.pre_bias.batch_stride) gradients.pre_bias.store(0, c, pre_bias);
+  }
+};
+
+}  // namespace ldm_fused

@@ -1,0 +1,230 @@
+// Between torch's tensors and the kernels' raw pointers: what memory safety needs is checked here, for every device.
+// ldm_fused/functional.py checks what users may pass, with the exceptions and messages that they should see.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "problem.h"
+
+namespace ldm_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Double: return Dtype::float64;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+  }
+}
+
+inline ScalarType accumulate_type(ScalarType x) { return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// The pairs (x, y) that kernels exist for: the same type twice, or float32 with a 16-bit type.
+inline void check_pair(ScalarType x, ScalarType y, const char* name) {
+  const auto is_small = [](ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; };
+  STD_TORCH_CHECK(x == y || (x == ScalarType::Float && is_small(y)) || (is_small(x) && y == ScalarType::Float),
+                  name, " must be x's dtype, or one of the two float32 and the other float16 or bfloat16");
+}
+
+// ---- Layout ---------------------------------------------------------------------------------------------------
+
+// Whether channels are innermost and the rest of a 4-D or 5-D tensor is dense; axes of size 1 may have any stride.
+inline bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dim = t.dim();
+  if (dim != 4 && dim != 5) return false;
+  int64_t expected = 1;
+  const auto fits = [&](int64_t axis) {
+    const bool ok = sizes[axis] == 1 || strides[axis] == expected;
+    expected *= sizes[axis];
+    return ok;
+  };
+  if (!fits(1)) return false;
+  for (int64_t axis = dim - 1; axis > 1; --axis) {
+    if (!fits(axis)) return false;
+  }
+  return fits(0);
+}
+
+inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType type, const Tensor& like) {
+  int32_t device_type, dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// A tensor of x's shape and strides.
+inline Tensor empty_like(const Tensor& x, ScalarType type) { return empty_strided(x.sizes(), x.strides(), type, x); }
+
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  return empty_strided(sizes, strides, type, like);
+}
+
+// x itself where the kernels can walk it, else a contiguous copy.
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
+
+// t in the order that x has in memory.
+inline Tensor laid_out_like(const Tensor& t, const Tensor& x) {
+  if (is_channels_last(x) ? is_channels_last(t) : t.is_contiguous()) return t;
+  Tensor copy = empty_like(x, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline Shape shape_of(const Tensor& x, int64_t num_groups) {
+  STD_TORCH_CHECK(x.dim() >= 2, "x must have at least 2 dimensions (N, C, *), got ", x.dim());
+  Shape shape{x.size(0), x.size(1), 1, num_groups, !x.is_contiguous()};
+  for (int64_t axis = 2; axis < x.dim(); ++axis) shape.spatial *= x.size(axis);
+  STD_TORCH_CHECK(num_groups > 0 && shape.channels % num_groups == 0, "num_groups (", num_groups,
+                  ") must be positive and divide the number of channels (", shape.channels, ")");
+  return shape;
+}
+
+// ---- Parameters -----------------------------------------------------------------------------------------------
+
+// Per-channel parameters on their way to the kernels: keeps contiguous copies alive where the kernels need them.
+class Parameters {
+ public:
+  Parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& pre_bias,
+             const OptionalTensor& scale, const OptionalTensor& shift)
+      : x_(x) {
+    tensors_.reserve(5);
+    affine = {parameter(weight, "weight", false), parameter(bias, "bias", false), parameter(pre_bias, "pre_bias", true),
+              parameter(scale, "scale", true), parameter(shift, "shift", true)};
+  }
+
+  Affine affine;
+
+ private:
+  Parameter parameter(const OptionalTensor& t, const char* name, bool may_be_batched) {
+    if (!t) return {};
+    const int64_t batch = x_.size(0), channels = x_.size(1);
+    const bool batched = may_be_batched && t->dim() == 2;
+    STD_TORCH_CHECK(batched ? t->size(0) == batch && t->size(1) == channels
+                            : t->dim() == 1 && t->size(0) == channels,
+                    name, " must have one element a channel (", channels, ")",
+                    may_be_batched ? ", or be of shape (N, C)" : "");
+    STD_TORCH_CHECK(same_device(*t, x_), name, " must be on x's device");
+    tensors_.push_back(t->is_contiguous() ? *t : torch::stable::contiguous(*t));
+    return {tensors_.back().data_ptr(), dtype_of(t->scalar_type(), name), batched ? channels : 0};
+  }
+
+  const Tensor& x_;
+  std::vector<Tensor> tensors_;
+};
+
+// ---- Calls ----------------------------------------------------------------------------------------------------
+// What both devices' ops do before and after their kernels: check, allocate.
+
+struct ForwardCall {
+  Tensor x;  // as the kernels walk it
+  Parameters parameters;
+  Shape shape;
+  Dtype x_dtype, y_dtype;
+  Tensor y, mean, rstd;  // mean and rstd are (N, G)
+
+  ForwardCall(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& pre_bias, const OptionalTensor& scale, const OptionalTensor& shift,
+              std::optional<ScalarType> out_dtype)
+      : x(dense(input)), parameters(x, weight, bias, pre_bias, scale, shift), shape(shape_of(x, num_groups)) {
+    const ScalarType type = x.scalar_type(), out_type = out_dtype.value_or(type);
+    x_dtype = dtype_of(type, "x");
+    y_dtype = dtype_of(out_type, "out_dtype");
+    check_pair(type, out_type, "out_dtype");
+    y = empty_like(x, out_type);
+    mean = empty({shape.batch, shape.groups}, accumulate_type(type), x);
+    rstd = empty({shape.batch, shape.groups}, accumulate_type(type), x);
+    if (is_empty()) {
+      torch::stable::zero_(mean);
+      torch::stable::zero_(rstd);
+    }
+  }
+
+  bool is_empty() const { return shape.elements() == 0; }
+};
+
+struct BackwardCall {
+  Tensor x, dy, mean, rstd;
+  Parameters parameters;
+  Shape shape;
+  Dtype x_dtype, dy_dtype;
+  // Outputs; one that is not wanted has no elements.
+  Tensor dx, dweight, dbias, dpre_bias, dscale, dshift;
+  Gradients gradients;
+  bool wants_dx;
+
+  BackwardCall(const Tensor& dy_, const Tensor& input, const Tensor& mean_, const Tensor& rstd_,
+               const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& pre_bias,
+               const OptionalTensor& scale, const OptionalTensor& shift, const std::vector<bool>& output_mask)
+      : x(dense(input)), dy(laid_out_like(dy_, x)), mean(torch::stable::contiguous(mean_)),
+        rstd(torch::stable::contiguous(rstd_)), parameters(x, weight, bias, pre_bias, scale, shift),
+        shape(shape_of(x, mean.dim() == 2 ? mean.size(1) : 0)) {
+    const ScalarType type = x.scalar_type();
+    x_dtype = dtype_of(type, "x");
+    dy_dtype = dtype_of(dy.scalar_type(), "dy");
+    check_pair(type, dy.scalar_type(), "dy");
+    STD_TORCH_CHECK(same_device(dy, x) && same_device(mean, x) && same_device(rstd, x),
+                    "dy, mean and rstd must be on x's device");
+    bool same_shape = dy.dim() == x.dim();
+    for (int64_t axis = 0; same_shape && axis < x.dim(); ++axis) same_shape = dy.size(axis) == x.size(axis);
+    STD_TORCH_CHECK(same_shape, "dy must have x's shape");
+    for (const Tensor& t : {mean, rstd}) {
+      STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == shape.batch && t.size(1) == shape.groups &&
+                          t.scalar_type() == accumulate_type(type),
+                      "mean and rstd must be what the forward op returned for x");
+    }
+    STD_TORCH_CHECK(output_mask.size() == 6, "output_mask must have 6 elements, got ", output_mask.size());
+    wants_dx = output_mask[0];
+    dx = wants_dx ? empty_like(x, type) : empty({0}, type, x);
+    gradients.weight = gradient(weight, output_mask[1], dweight);
+    gradients.bias = gradient(bias, output_mask[2], dbias);
+    gradients.pre_bias = gradient(pre_bias, output_mask[3], dpre_bias);
+    gradients.scale = gradient(scale, output_mask[4], dscale);
+    gradients.shift = gradient(shift, output_mask[5], dshift);
+  }
+
+  bool is_empty() const { return shape.elements() == 0; }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
+    return {dx, dweight, dbias, dpre_bias, dscale, dshift};
+  }
+
+ private:
+  Gradient gradient(const OptionalTensor& parameter, bool wanted, Tensor& out) {
+    if (!parameter || !wanted) {
+      out = empty({0}, x.scalar_type(), x);
+      return {};
+    }
+    const auto sizes = parameter->sizes();
+    out = empty(std::vector<int64_t>(sizes.begin(), sizes.end()), parameter->scalar_type(), x);
+    if (is_empty()) torch::stable::zero_(out);
+    return {out.data_ptr(), dtype_of(parameter->scalar_type(), "parameter"), sizes.size() == 2 ? shape.channels : 0};
+  }
+};
+
+}  // namespace ldm_fused

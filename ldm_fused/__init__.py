@@ -1,0 +1,34 @@
+"""Fused GroupNorm + SiLU (swish) and ResNet blocks for latent diffusion models."""
+
+from . import functional, modules, ops, reference
+from .functional import group_norm_act, group_norm_silu
+from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
+
+__all__ = [
+    "FusedResnetBlock",
+    "GroupNormSiLU",
+    "UnsupportedBlock",
+    "build_info",
+    "group_norm_act",
+    "group_norm_silu",
+    "reference",
+]
+
+__version__ = ops._C.build_info()["version"]
+
+
+def build_info() -> dict:
+    """What this build is: versions, whether CUDA kernels are compiled in, and for which architectures.
+
+    Returns:
+        ``version``; ``built_with_torch`` and ``torch`` (the one running); ``compiler``; ``cpu_isa``, the instruction
+        set that the CPU kernels use here; ``cuda``, the toolkit's version, or None in a build without CUDA kernels;
+        ``cuda_archs``, a list such as ``["8.0", "9.0"]``.
+    """
+    import torch
+
+    info = ops._C.build_info()
+    info["torch"] = torch.__version__
+    info["cuda"] = info["cuda"] or None
+    info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(";") if arch]
+    return info

@@ -1,0 +1,1 @@
+"""Fused blocks with the signatures of existing diffusion code."""

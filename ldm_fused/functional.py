@@ -1,0 +1,210 @@
+"""The fused op: :func:`group_norm_act` and :func:`group_norm_silu`."""
+
+import math
+import numbers
+import operator
+import warnings
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import ops
+
+__all__ = ["group_norm_act", "group_norm_silu"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ACTIVATIONS = {"silu": True, "swish": True, None: False}
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None, eps: float = 1e-5
+) -> Tensor:
+    """``silu(group_norm(x))`` in one op: ``F.silu(F.group_norm(x, num_groups, weight, bias, eps))``.
+
+    Args:
+        x: (N, C, \\*), any number of trailing axes; float32, float16, bfloat16 or float64. Contiguous and channels_last
+            tensors are used as they are, others are made contiguous.
+        num_groups: groups that the C channels are divided into.
+        weight: (C,), in x's dtype, or float32 with a 16-bit x.
+        bias: (C,), in weight's dtype.
+        eps: added to the variance.
+
+    Returns:
+        A new tensor of x's shape and memory format, in the dtype that ``F.group_norm`` gives: x's, or float32 under
+        CUDA autocast. Arithmetic and statistics are in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, NotImplementedError: what ``F.group_norm`` refuses is refused, with the
+            same type of exception; ``num_groups`` below 1 is a ValueError.
+
+    Source: GroupNorm, Wu and He 2018 (arXiv:1803.08494); SiLU, Elfwing et al. 2017 (arXiv:1702.03118).
+    """
+    return group_norm_act(x, num_groups, weight, bias, eps)
+
+
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    *,
+    activation: Optional[str] = "silu",
+    pre_bias: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``dropout(act(group_norm(x + pre_bias) * (1 + scale) + shift))``.
+
+    Args:
+        x, num_groups, weight, bias, eps: as in :func:`group_norm_silu`.
+        activation: "silu", its other name "swish", or None.
+        pre_bias: (C,) or (N, C), added to x before the statistics: a convolution's bias, a time embedding.
+        scale, shift: (N, C), adaptive GroupNorm; either may stand alone.
+            ``pre_bias``, ``scale`` and ``shift`` are each in x's dtype or float32.
+        dropout_p: probability of zeroing an element after the activation, by a mask drawn at each call, as
+            ``F.dropout(training=True)`` does.
+
+    Returns and raises: as :func:`group_norm_silu`; ValueError for an unknown activation or a ``dropout_p`` outside
+    of 0 to 1.
+    """
+    tensors = (x, weight, bias, pre_bias, scale, shift)
+    if has_torch_function(tensors):
+        return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
+                                     pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
+    out_dtype = None
+    if _is_cuda_autocast(x):  # F.group_norm is one of the ops that CUDA autocast runs in float32
+        out_dtype = torch.float32
+        weight, bias, pre_bias, scale, shift = (_castable(t, x) for t in tensors[1:])
+    a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
+    if dropout_p == 0.0:
+        return run(a)
+    if not 0 <= _number(dropout_p, "dropout_p") <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    return F.dropout(run(a), dropout_p)
+
+
+def run(a: ops.Arguments) -> Tensor:
+    """The op on checked arguments, by the cheapest route that is right where it is called."""
+    if not _has_kernels(a.x.device):
+        return ops.composed(a)
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return ops.composed(a)  # an op with an autograd formula alone would give zero tangents
+    if torch.compiler.is_compiling():
+        return ops.group_norm_act(*a)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a.tensors):
+        return ops.GroupNormAct.apply(*a)
+    return ops.below_autograd(*a)[0]
+
+
+def _is_cuda_autocast(x) -> bool:
+    return (isinstance(x, Tensor) and x.is_cuda and x.dtype in _DTYPES and x.dtype != torch.float64
+            and torch.is_autocast_enabled("cuda"))
+
+
+def _castable(t, x: Tensor):
+    """A parameter for autocast: one that the kernels would not take beside x is cast, as autocast would."""
+    if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (x.dtype, torch.float32, torch.float64):
+        return t.float()
+    return t
+
+
+def _has_kernels(device: torch.device) -> bool:
+    if device.type == "cpu" or device.type == "meta" or (device.type == "cuda" and ops.HAS_CUDA):
+        return True
+    _warn_without_kernels(device.type)
+    return False
+
+
+_warned = set()
+
+
+def _warn_without_kernels(device_type: str) -> None:
+    if device_type in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(device_type)
+    rebuild = "rebuild it where PyTorch and nvcc have CUDA, with `FORCE_CUDA=1 make build`, for" \
+        if device_type == "cuda" else "there are none for this device:"
+    warnings.warn(f"ldm_fused has no kernels for '{device_type}' tensors in this build and composes the op of PyTorch "
+                  f"ops; {rebuild} fused kernels.", stacklevel=4)
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------------
+
+
+def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype) -> ops.Arguments:
+    """The op's arguments, or the exception that a bad one deserves, before anything is written.
+
+    The types of exceptions are those of ``F.group_norm``, odd as some are.
+    """
+    if not isinstance(x, Tensor):
+        raise AttributeError(f"x must be a Tensor, got {type(x).__name__}")
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) < 2:
+        raise RuntimeError(f"x must have at least 2 dimensions (N, C, *), got shape {list(shape)}")
+    if dtype not in _DTYPES:
+        raise NotImplementedError(f"x must be float32, float16, bfloat16 or float64, got {dtype}")
+    if x.layout is not torch.strided:
+        raise RuntimeError(f"x must be a strided tensor, got layout {x.layout}")
+    if type(num_groups) is not int and not isinstance(num_groups, torch.SymInt):
+        num_groups = _integer(num_groups)
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    batch, channels = shape[0], shape[1]
+    if batch * channels // num_groups * math.prod(shape[2:]) == 1:
+        raise ValueError(f"x must have more than 1 value per group, got shape {list(shape)} with num_groups={num_groups}")
+    if channels % num_groups:
+        raise RuntimeError(f"num_groups must divide the number of channels of x, got num_groups={num_groups} and shape "
+                           f"{list(shape)}")
+    if type(eps) is not float:
+        eps = _number(eps, "eps")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be 'silu', 'swish' or None, got {activation!r}")
+    if weight is not None:
+        _check_parameter(weight, "weight", dtype, device, (channels,), None)
+    if bias is not None:
+        _check_parameter(bias, "bias", dtype, device, (channels,), None)
+        if weight is not None and weight.dtype != bias.dtype:
+            raise RuntimeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+    if pre_bias is not None:
+        _check_parameter(pre_bias, "pre_bias", dtype, device, (channels,), (batch, channels))
+    if scale is not None:
+        _check_parameter(scale, "scale", dtype, device, None, (batch, channels))
+    if shift is not None:
+        _check_parameter(shift, "shift", dtype, device, None, (batch, channels))
+    return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
+
+
+def _check_parameter(t, name, dtype, device, shape, batched_shape):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(t).__name__}")
+    if t.shape != shape and t.shape != batched_shape:
+        expected = " or ".join(str(list(s)) for s in (shape, batched_shape) if s is not None)
+        raise RuntimeError(f"{name} must have shape {expected}, as x has {(shape or batched_shape)[-1]} channels, "
+                           f"got {list(t.shape)}")
+    if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)):
+        expected = f"x's dtype {dtype}" + (" or torch.float32" if dtype.itemsize == 2 else "")
+        raise RuntimeError(f"{name} must have {expected}, got {t.dtype}")
+    if t.device != device:
+        raise RuntimeError(f"{name} must be on x's device {device}, got {t.device}")
+    if t.layout is not torch.strided:
+        raise RuntimeError(f"{name} must be a strided tensor, got layout {t.layout}")
+
+
+def _integer(num_groups):
+    try:
+        if isinstance(num_groups, bool):
+            raise TypeError
+        return operator.index(num_groups)
+    except TypeError:
+        raise TypeError(f"num_groups must be an int, got {num_groups!r}") from None
+
+
+def _number(value, name):
+    if not isinstance(value, (numbers.Real, Tensor, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    return value if isinstance(value, torch.SymFloat) else float(value)

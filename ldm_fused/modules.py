@@ -1,0 +1,230 @@
+"""Modules: :class:`GroupNormSiLU` and :class:`FusedResnetBlock`."""
+
+import copy
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import functional, pristine, reference
+
+__all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """``nn.GroupNorm`` followed by SiLU, in one op: a drop-in for ``nn.Sequential(nn.GroupNorm(...), nn.SiLU())``.
+
+    Arguments, parameters, state dict and errors are those of ``nn.GroupNorm``; input and output are (N, C, \\*), see
+    :func:`ldm_fused.group_norm_silu`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class UnsupportedBlock(ValueError):
+    """Raised by :meth:`FusedResnetBlock.from_module` for a block that it cannot stand in for; says why."""
+
+
+class FusedResnetBlock(reference.ResnetBlock):
+    """The ResNet block of latent diffusion models with GroupNorm and swish in one op.
+
+    A drop-in for :class:`ldm_fused.reference.ResnetBlock`: the same submodules, creation order and state dict, so that
+    the same seed gives the same weights and a checkpoint of either loads into the other. ``norm1`` and ``norm2`` stay
+    plain ``nn.GroupNorm``; each is fused only while nothing has replaced, hooked or moved it, which is looked at in
+    every call (:mod:`ldm_fused.pristine`), and called as it is otherwise.
+
+    Args:
+        in_channels, out_channels, conv_shortcut, dropout, temb_channels, num_groups, eps: as the reference block's.
+        recompute: keep for the backward pass only the block's input and conv1's output, and compute the activated
+            tensors again: less memory, one more op a norm, the same gradients to the bit.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: Optional[int] = None,
+        conv_shortcut: bool = False,
+        dropout: float,
+        temb_channels: int = 0,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(in_channels=in_channels, out_channels=out_channels, conv_shortcut=conv_shortcut,
+                         dropout=dropout, temb_channels=temb_channels, num_groups=num_groups, eps=eps)
+        self.recompute = recompute
+
+    @classmethod
+    def from_module(cls, block: nn.Module, *, recompute: bool = False) -> "FusedResnetBlock":
+        """A fused block that shares ``block``'s submodules and Parameters.
+
+        Accepts the reference block, fused blocks, and any other class that has exactly their submodules and, in a
+        trial on a private copy with random weights, computes what they compute, forward and backward.
+
+        Raises:
+            UnsupportedBlock: with the reason.
+        """
+        if type(block) not in (reference.ResnetBlock, FusedResnetBlock) and not isinstance(block, FusedResnetBlock):
+            reason = _why_not_structure(block) or _why_not_meaning(block)
+            if reason is not None:
+                raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
+        return cls._sharing(block, recompute)
+
+    @classmethod
+    def _sharing(cls, block: nn.Module, recompute: bool) -> "FusedResnetBlock":
+        fused = cls.__new__(cls)
+        nn.Module.__init__(fused)
+        fused.in_channels = block.conv1.in_channels
+        fused.out_channels = block.conv1.out_channels
+        fused.use_conv_shortcut = hasattr(block, "conv_shortcut")
+        fused.recompute = recompute
+        for name, module in block.named_children():
+            fused.add_module(name, module)
+        fused.training = block.training
+        return fused
+
+    def forward(self, x: Tensor, temb: Optional[Tensor] = None) -> Tensor:
+        """``x`` (N, in_channels, H, W) and optionally ``temb`` (N, temb_channels) to (N, out_channels, H, W).
+
+        Raises:
+            ValueError: for a ``temb`` given to a block without ``temb_proj``.
+        """
+        if temb is not None:
+            if not hasattr(self, "temb_proj"):
+                raise ValueError("temb was given to a block without temb_proj: construct it with temb_channels > 0")
+            temb = self.temb_proj(reference.swish(temb))
+        if self.recompute and torch.is_grad_enabled():
+            # The recomputation stops at what the convolution saves, its input: convolutions run once.
+            h = checkpoint(self._first_half, x, use_reentrant=False)
+            h = checkpoint(self._second_half, h, temb, use_reentrant=False)
+        else:
+            h = self._second_half(self._first_half(x), temb)
+        if self.in_channels != self.out_channels:
+            x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+        return x + h
+
+    def _first_half(self, x: Tensor) -> Tensor:
+        return self.conv1(norm_swish(self.norm1, x, into=self.conv1))
+
+    def _second_half(self, h: Tensor, temb: Optional[Tensor]) -> Tensor:
+        into = None if self.dropout.training and self.dropout.p else self.conv2
+        return self.conv2(self.dropout(norm_swish(self.norm2, h, pre_bias=temb, into=into)))
+
+
+def norm_swish(
+    norm: nn.GroupNorm, x: Tensor, *, pre_bias: Optional[Tensor] = None, into: Optional[nn.Module] = None
+) -> Tensor:
+    """``swish(norm(x + pre_bias))``: in one op if ``norm`` is pristine, else by calling it.
+
+    ``pre_bias`` is (N, C), in x's dtype. ``into`` is the convolution that takes the result: under autocast the op
+    stores right in the dtype that a plain convolution would cast it to.
+    """
+    if pre_bias is not None and pre_bias.dtype != x.dtype:  # the sum has the dtype that type promotion says
+        x, pre_bias = x + pre_bias[:, :, None, None], None
+    if pristine.why_not_norm(norm, x) is not None:
+        return reference.swish(norm(x if pre_bias is None else x + pre_bias[:, :, None, None]))
+    dtype = _autocast_dtype_of_convolution(x, into)
+    if dtype is None:
+        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias)
+    return functional.run(functional.checked(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", pre_bias,
+                                             None, None, dtype))
+
+
+def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
+    """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
+    device_type = x.device.type
+    if conv is None or not torch.is_autocast_enabled(device_type) or pristine.why_not(conv, nn.Conv2d) is not None:
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype if dtype == x.dtype or x.dtype == torch.float32 else None
+
+
+# ---- from_module -----------------------------------------------------------------------------------------------
+
+
+def _why_not_structure(block: nn.Module) -> Optional[str]:
+    """The reason why ``block`` is not made of exactly the reference block's parts, or None."""
+    children = dict(block.named_children())
+    shortcuts = {"nin_shortcut": 1, "conv_shortcut": 3}
+    expected = {"norm1": nn.GroupNorm, "conv1": nn.Conv2d, "temb_proj": nn.Linear, "norm2": nn.GroupNorm,
+                "dropout": nn.Dropout, "conv2": nn.Conv2d, **{name: nn.Conv2d for name in shortcuts}}
+    for name in ("norm1", "conv1", "norm2", "dropout", "conv2"):
+        if name not in children:
+            return f"it has no {name}"
+    for name, child in children.items():
+        if name not in expected:
+            return f"it has another submodule, {name}"
+        reason = pristine.why_not(child, expected[name])
+        if reason is not None:
+            return f"{name}: {reason}"
+    if any(True for _ in block.parameters(recurse=False)) or any(True for _ in block.buffers()):
+        return "it has parameters or buffers of its own"
+    if "forward" in block.__dict__:
+        return "its forward is replaced"
+    channels, out_channels = block.conv1.in_channels, block.conv1.out_channels
+    convolutions = {"conv1": (channels, out_channels, 3), "conv2": (out_channels, out_channels, 3)}
+    convolutions.update({name: (channels, out_channels, size) for name, size in shortcuts.items() if name in children})
+    for name, sizes in convolutions.items():
+        if not _is_same_convolution(children[name], *sizes):
+            return f"{name} is {children[name]}"
+    if sum(name in children for name in shortcuts) != int(channels != out_channels):
+        return "its shortcut is not one convolution where the channel counts differ and none where they are equal"
+    if block.norm1.num_channels != channels or block.norm2.num_channels != out_channels:
+        return "the norms' and the convolutions' channels differ"
+    if "temb_proj" in children and block.temb_proj.out_features != out_channels:
+        return f"temb_proj is {block.temb_proj}"
+    return None
+
+
+def _is_same_convolution(conv: nn.Conv2d, in_channels: int, out_channels: int, size: int) -> bool:
+    """Whether a convolution leaves height and width as they are, with one kernel size, stride and group."""
+    return (conv.in_channels == in_channels and conv.out_channels == out_channels and conv.kernel_size == (size, size)
+            and conv.padding in ((size // 2, size // 2), "same") and conv.stride == (1, 1) and conv.dilation == (1, 1)
+            and conv.groups == 1 and conv.padding_mode == "zeros")
+
+
+@torch.enable_grad()
+def _why_not_meaning(block: nn.Module) -> Optional[str]:
+    """The reason why ``block``'s own forward does not compute what a fused block computes, or None.
+
+    Tried in float64 on a private copy with random weights, forward and backward: an unknown class may have the
+    reference block's parts and yet put them together in another way.
+    """
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        own = copy.deepcopy(block).to_empty(device="cpu").to(torch.float64).train()
+        own.requires_grad_(True)
+        own.dropout.p = 0.0
+        for parameter in own.parameters():
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        fused = FusedResnetBlock._sharing(own, recompute=False)
+        x = torch.randn(2, own.conv1.in_channels, 5, 4, dtype=torch.float64, requires_grad=True)
+        temb = None
+        if hasattr(own, "temb_proj"):
+            temb = torch.randn(2, own.temb_proj.in_features, dtype=torch.float64, requires_grad=True)
+        wanted = [t for t in (x, temb, *own.parameters()) if t is not None]
+        try:
+            y = _call(own, x, temb)
+            expected = fused(x, temb)
+            dy = torch.randn_like(expected)
+            found = [y, *torch.autograd.grad(y, wanted, dy)]
+        except Exception as error:  # whatever an unknown class raises is a reason to leave it alone
+            return f"its forward failed in a trial with {type(error).__name__}: {error}"
+        for name, a, b in zip(["output", *["gradient"] * len(wanted)], found,
+                              [expected, *torch.autograd.grad(expected, wanted, dy)]):
+            if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
+                return f"its forward computes another {name} than norm, swish, conv, norm, swish, dropout, conv, add"
+    return None
+
+
+def _call(block: nn.Module, x: Tensor, temb: Optional[Tensor]) -> Tensor:
+    """``block(x, temb)``, or ``block(x)`` where it takes no temb."""
+    if temb is not None:
+        return block(x, temb)
+    try:
+        return block(x)
+    except TypeError:  # CompVis blocks want temb even where it is None
+        return block(x, None)

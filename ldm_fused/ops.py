@@ -1,0 +1,156 @@
+"""The registered ops ``torch.ops.ldm_fused.*`` as PyTorch sees them: fake kernels and autograd.
+
+The kernels are registered by the binary (csrc/ops.cpp has the schemas). :mod:`ldm_fused.functional` is the door that
+users come through.
+"""
+
+from importlib.util import find_spec
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+try:
+    from . import _C  # its import registers the ops
+except ImportError as error:
+    how = "`make build` (or `pip install --no-build-isolation -e .`) in its source tree"
+    if find_spec("ldm_fused._C") is None:
+        raise ImportError(f"ldm_fused is not built yet: run {how}, then import it again.") from None
+    raise ImportError(f"ldm_fused's binary does not load under torch {torch.__version__}: build it again with {how}. "
+                      f"{error}") from error
+
+group_norm_act = torch.ops.ldm_fused.group_norm_act.default
+group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
+
+HAS_CUDA = bool(_C.build_info()["cuda"])
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and statistics for an x of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Arguments(NamedTuple):
+    """The op's arguments, in its schema's order."""
+
+    x: Tensor
+    num_groups: int
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    eps: float
+    silu: bool
+    pre_bias: Optional[Tensor]
+    scale: Optional[Tensor]
+    shift: Optional[Tensor]
+    out_dtype: Optional[torch.dtype]
+
+    @property
+    def tensors(self):
+        """What has a gradient, in the order of the backward op's outputs."""
+        return self.x, self.weight, self.bias, self.pre_bias, self.scale, self.shift
+
+    def gradients(self, dx, dweight, dbias, dpre_bias, dscale, dshift):
+        """A gradient for each argument, as autograd wants them."""
+        return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None
+
+
+def composed(a: Arguments) -> Tensor:
+    """The op from PyTorch ops, for what has no kernel: other devices, ``torch.func``, derivatives of derivatives."""
+    dtype = accumulate_dtype(a.x.dtype)
+    x, weight, bias, pre_bias, scale, shift = (t if t is None else t.to(dtype) for t in a.tensors)
+    if weight is None and bias is not None:  # F.group_norm's backward fails on a bias without a weight
+        weight = torch.ones_like(bias)
+    with torch.autocast(a.x.device.type, enabled=False):
+        y = reference.group_norm_act(x, a.num_groups, weight, bias, a.eps, activation="silu" if a.silu else None,
+                                     pre_bias=pre_bias, scale=scale, shift=shift)
+    return y.to(a.out_dtype or a.x.dtype)
+
+
+# ---- Autograd --------------------------------------------------------------------------------------------------
+
+
+def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
+    """Of the tensor's size only x is kept."""
+    ctx.save_for_backward(*a.tensors, mean, rstd)
+    ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype)
+
+
+def backward(ctx, dy: Tensor, needs: Sequence[bool]):
+    """A gradient for each argument of the op; ``needs`` says which, for :attr:`Arguments.tensors`."""
+    x, weight, bias, pre_bias, scale, shift, mean, rstd = ctx.saved_tensors
+    num_groups, eps, silu, out_dtype = ctx.constants
+    a = Arguments(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype)
+    needs = [need and t is not None for need, t in zip(needs, a.tensors)]
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must themselves be differentiable
+        wanted = [t for t, need in zip(a.tensors, needs) if need]
+        found = iter(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
+    else:
+        outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs)
+        found = iter([g for g, need in zip(outputs, needs) if need])
+    return a.gradients(*(next(found) if need else None for need in needs))
+
+
+def _needs(ctx):
+    grads = ctx.needs_input_grad
+    return grads[0], grads[2], grads[3], grads[6], grads[7], grads[8]
+
+
+class GroupNormAct(torch.autograd.Function):
+    """The op for eager mode, around the kernels: a third of the dispatch cost of the registered autograd formula."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        y, mean, rstd = below_autograd(*arguments)
+        save_for_backward(ctx, Arguments(*arguments), mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return backward(ctx, dy, _needs(ctx))
+
+
+def below_autograd(*arguments):
+    """The op without its autograd formula."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return group_norm_act(*arguments)
+
+
+def _setup_context(ctx, inputs, output):
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    save_for_backward(ctx, Arguments(*inputs), mean, rstd)
+
+
+torch.library.register_autograd("ldm_fused::group_norm_act", lambda ctx, dy, dmean, drstd: backward(ctx, dy, _needs(ctx)),
+                                setup_context=_setup_context)
+
+
+# ---- Fake kernels ----------------------------------------------------------------------------------------------
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x as the kernels walk it: as it is if contiguous or channels_last, else made contiguous."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if x.is_contiguous() or (channels_last and x.is_contiguous(memory_format=channels_last)):
+        return x
+    return x.contiguous()
+
+
+@torch.library.register_fake("ldm_fused::group_norm_act")
+def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype):
+    y = torch.empty_like(_dense(x), dtype=out_dtype or x.dtype)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=accumulate_dtype(x.dtype))
+    return y, mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("ldm_fused::group_norm_act_backward")
+def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask):
+    def gradient(parameter, wanted):
+        if parameter is None or not wanted:
+            return x.new_empty((0,))
+        return parameter.new_empty(parameter.shape)
+
+    dx = torch.empty_like(_dense(x)) if output_mask[0] else x.new_empty((0,))
+    return (dx, *(gradient(p, wanted) for p, wanted in zip((weight, bias, pre_bias, scale, shift), output_mask[1:])))

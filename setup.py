@@ -1,0 +1,129 @@
+"""Builds ldm_fused._C: one abi3 binary for every Python from 3.10 and every torch from 2.11 on.
+
+FORCE_CUDA=1 or 0 asks for CUDA kernels or for none (default: where torch and the machine both have CUDA);
+CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension.
+"""
+import glob
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/group_norm_act.cpp", "csrc/cpu/kernels_baseline.cpp", "csrc/cpu/kernels_avx2.cpp"]
+CUDA_SOURCES = ["csrc/cuda/group_norm_act.cu"]
+CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # those that nvcc knows; the last one as PTX too
+
+os.chdir(os.path.dirname(os.path.abspath(__file__)))
+if sys.prefix != sys.base_prefix:  # a virtual environment's ninja counts, activated or not
+    os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
+try:
+    import torch
+except ImportError:
+    sys.exit("ldm_fused is built against an installed PyTorch: install torch (2.11 or later), then build again, with "
+             "`pip install --no-build-isolation .` or `make build PYTHON=...`.")
+if torch.__version__ < (2, 11):
+    sys.exit(f"ldm_fused needs torch 2.11 or later, and this Python has torch {torch.__version__}.")
+
+
+def output(*command):
+    """What a command prints on stdout and stderr; nothing where it cannot run."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    except OSError:
+        return ""
+
+
+def toolkits():
+    """The folders a CUDA toolkit may be in; one that the user names is the only one."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return [named]
+    found = []
+    nvcc = shutil.which("nvcc")
+    if nvcc:  # may be a link, or a script that starts the real one: only nvcc itself knows where its toolkit is
+        top = re.search(r"TOP=(.+)", output(nvcc, "--dryrun", "none.cu"))
+        found.append(top[1].strip() if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc))))
+    found.append("/usr/local/cuda")
+    nvidia = importlib.util.find_spec("nvidia")  # where pip puts cuda-toolkit[nvcc,cccl]
+    for folder in nvidia.submodule_search_locations if nvidia else []:
+        found += sorted(glob.glob(os.path.join(folder, "cu[0-9]*")))
+    return [os.path.realpath(folder) for folder in found]
+
+
+def find_cuda():
+    """(CUDA_HOME, nvcc's version, None), or (None, None, the reason for building CPU kernels only)."""
+    force = os.environ.get("FORCE_CUDA", "")
+    if force not in ("", "0", "1"):
+        sys.exit(f"FORCE_CUDA is 0 or 1, not '{force}'.")
+    wanted = torch.version.cuda
+    if force == "0":
+        return None, None, "FORCE_CUDA=0 asks for it"
+    if not wanted and not force:
+        return None, None, "this torch is built without CUDA"
+    folders = toolkits()
+    reason = f"there is no nvcc in {' or '.join(folders)} (CUDA_HOME may name another folder)"
+    for home in folders:
+        version = re.search(r"release (\d+\.\d+)", output(os.path.join(home, "bin", "nvcc"), "--version"))
+        if version and (not wanted or version[1].split(".")[0] == wanted.split(".")[0]):
+            return home, version[1], None
+        if version:
+            reason = f"torch is built with CUDA {wanted} and the toolkit in {home} is CUDA {version[1]}"
+    if force:
+        sys.exit(f"FORCE_CUDA=1 asks for CUDA kernels, but {reason}.")
+    return None, None, reason
+
+
+cuda_home, cuda_version, no_cuda = find_cuda()
+if cuda_home:
+    os.environ["CUDA_HOME"] = cuda_home  # before cpp_extension looks for itself, which no wrapper of nvcc survives
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # else torch asks the GPUs, and fails where there is none
+        known = output(os.path.join(cuda_home, "bin", "nvcc"), "--list-gpu-arch").split()
+        archs = [arch for arch in CUDA_ARCHS if "compute_" + arch.replace(".", "") in known]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
+
+from setuptools import setup  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+
+version = re.search(r'^version = "(.+)"', open("pyproject.toml").read(), re.M)[1]
+what = f"CPU kernels only, because {no_cuda}"
+flags = ["-O3", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+built = {"VERSION": version, "TORCH": torch.__version__}
+cxx, nvcc, link, include_dirs = flags + ["-fvisibility=hidden", "-g0"], [], [], [os.path.abspath("csrc")]
+if cuda_home:
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
+    built.update(CUDA=cuda_version, CUDA_ARCHS=archs)
+    what = f"CPU kernels, and CUDA kernels for {archs} by the nvcc {cuda_version} in {cuda_home}"
+    cpp_extension.CUDA_HOME = cuda_home  # a CPU-only torch leaves it empty, FORCE_CUDA=1 or not
+    SOURCES += CUDA_SOURCES
+    include_dirs.append(os.path.join(cuda_home, "include"))
+    cxx.append("-DUSE_CUDA")
+    threads = os.environ.get("MAX_JOBS") or str(os.cpu_count())  # nvcc compiles the architectures side by side
+    nvcc = flags + ["-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-g0", "--threads", threads]
+    # CUDAExtension would link torch's shared cudart; with the static one a binary serves its whole CUDA major. libtorch
+    # is kept though no symbol is its own: it brings in libtorch_cuda, where there is one.
+    libs = [os.path.join(cuda_home, folder) for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    link = [f"-L{lib}" for lib in libs if os.path.exists(os.path.join(lib, "libcudart_static.a"))]
+    link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    link += ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+cxx += [f'-DLDM_FUSED_{name}="{value}"' for name, value in built.items()]
+
+
+class Build(cpp_extension.BuildExtension):
+    def run(self):
+        if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+            sys.exit("Python's headers are not installed: there is no Python.h (Debian has it in python3-dev).")
+        super().run()
+        print(f"ldm_fused {version}, built with torch {torch.__version__}: {what}.")
+
+
+setup(
+    ext_modules=[cpp_extension.CppExtension(
+        "ldm_fused._C", SOURCES, py_limited_api=True, include_dirs=include_dirs, extra_link_args=link,
+        depends=glob.glob("csrc/**/*.*", recursive=True),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc})],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

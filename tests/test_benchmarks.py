@@ -1,0 +1,290 @@
+"""The benchmark: its workloads are those of real models, it counts bytes rightly, and it never times a wrong result."""
+
+import collections
+import csv
+import dataclasses
+import functools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import autoencoder, bench_fused, measure, model, providers, report, workloads  # noqa: E402
+
+TINY = "--device cpu --dtype float32 --threads 1 --min-run-time 0.001 --shape 2,32,4,4".split()
+UNCOMPILED = ["--providers", "eager,F.silu,ours"]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The benchmark sets the number of threads for good."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def bench(*options):
+    return bench_fused.main([*TINY, *UNCOMPILED, *map(str, options)])
+
+
+# ---- workloads
+
+
+def test_workloads_are_well_formed():
+    for w in workloads.load():
+        assert w.suite in workloads.SUITES
+        assert w.shape[1] % w.groups == 0 and min(w.shape) > 0 and len(w.shape) >= 3
+        assert w.activation in ("silu", None) and w.eps > 0 and w.count > 0
+    assert {w.suite for w in workloads.load()} == set(workloads.SUITES)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_default_workloads_exist(device):
+    cases = workloads.default(device)
+    assert {level for level, _ in cases} == {"op", "block"}
+    assert all(w.trained and w.has_block for _, w in cases)
+
+
+def test_training_workloads_are_those_of_the_autoencoder():
+    with torch.device("meta"):
+        ldm = autoencoder.AutoencoderKL(providers.reference.ResnetBlock, providers.NormSwish)
+        x = torch.empty(4, 3, 256, 256)
+    calls = collections.Counter()
+    attention = {m.norm for m in ldm.modules() if isinstance(m, autoencoder.AttnBlock)}
+
+    def count(norm, inputs):
+        shape = tuple(inputs[0].shape)
+        # The workloads have attention's norm over a sequence, as diffusers calls it.
+        calls[(*shape[:2], shape[2] * shape[3]) if norm in attention else shape, norm not in attention] += 1
+
+    for m in ldm.modules():
+        if isinstance(m, nn.GroupNorm):
+            m.register_forward_pre_hook(count)
+    assert ldm(x).shape == x.shape
+    rows = workloads.select("ldm-kl-f8-train-256")
+    assert calls == {(w.shape, w.activation == "silu"): w.count for w in rows}
+
+
+def test_list_names_every_suite(capsys):
+    assert bench_fused.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(suite in printed for suite in workloads.SUITES) and "2x1280x8x8" in printed
+
+
+def test_help_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    script = ROOT / "benchmarks" / "bench_fused.py"
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and "--suite" in done.stdout, done.stderr
+
+
+# ---- measures
+
+
+def test_byte_model():
+    assert measure.limit_bytes(1000, 4, "forward") == 2 * 4000
+    assert measure.limit_bytes(1000, 2, "training") == 5 * 2000
+
+
+def test_bandwidth_and_share_of_copy():
+    second = measure.Timing(wall=measure.Measurement(1, [1.0], None))
+    row = report.Row(workloads.Workload("custom", (2, 32, 10)), "op", "training", "contiguous", "float32", 4, "cpu")
+    row.cells["ours"], row.copy = report.Cell(timing=second), second
+    assert row.bandwidth() == 5 * 640 * 4 and row.copy_bandwidth() == 2 * 640 * 4 and row.copy_share() == 2.5
+
+
+def test_kept_bytes_count_each_storage_once_and_no_parameter():
+    w = torch.ones(8, requires_grad=True)
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def call(x):
+        y = x.exp()  # keeps its result
+        return y * y[:] * w  # keeps y twice, the product, and the parameter
+
+    contender = providers.Contender("it", call, [w])
+    assert measure.kept_bytes(contender, x) == 2 * x.nbytes
+
+
+def test_eager_keeps_three_tensors_and_ours_one():
+    w = workloads.Workload("custom", (2, 64, 16, 16))
+    contenders, _ = providers.op_contenders(w, ["eager", "F.silu", "ours"], "cpu", torch.float32, "contiguous")
+    x = torch.randn(w.shape, requires_grad=True)
+    kept = [round(measure.kept_bytes(c, x) / x.nbytes) for c in contenders]
+    assert kept == [3, 2, 1]
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 3), (2, 32, 4, 4), (2, 32, 2, 4, 4)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_inputs_have_the_layout_and_differ(shape, layout):
+    w = workloads.Workload("custom", shape)
+    if layout not in w.layouts("both"):
+        assert len(shape) == 3
+        return
+    (x, dy), (x2, _), *_ = measure.make_inputs(shape, layout, "training", "cpu", torch.float32)
+    assert x.requires_grad and not dy.requires_grad and not torch.equal(x, x2)
+    channels_inside = x.stride(1) == 1
+    assert channels_inside == (layout == "channels_last") and dy.stride() == x.stride()
+
+
+def test_geometric_mean():
+    assert math.isclose(report.geometric_mean([1.0, 4.0]), 2.0)
+    assert report.geometric_mean([]) is None
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("options", [["--op", "--forward"], ["--layout", "both"]])
+def test_results_come_out(tmp_path, capsys, options):
+    assert bench(*options, "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv") == 0
+    printed = capsys.readouterr().out
+    assert "of copy" in printed and "2x32x4x4" in printed and "geometric mean" in printed
+
+    found = json.loads((tmp_path / "r.json").read_text())
+    named = found["environment"]
+    assert named["torch"] == torch.__version__ and named["machine"] and named["date"] and "commit" in named
+    levels = {r["level"] for r in found["results"]}
+    assert levels == ({"op"} if "--op" in options else {"op", "block"})
+    for result in found["results"]:
+        assert set(result["providers"]) == {"eager", "F.silu", "ours"}
+        for numbers in result["providers"].values():
+            assert numbers["wall_seconds"] > 0 and numbers["relative_error"] < 1e-3
+            assert (numbers["kept_bytes"] is not None) == (result["mode"] == "training")
+            assert (numbers["share_of_copy"] is not None) == (result["level"] == "op")
+
+    lines = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert len(lines) == 3 * len(found["results"])
+    assert all(line["torch"] == torch.__version__ and float(line["wall_seconds"]) > 0 for line in lines)
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert bench("--plot", tmp_path / "out.png") == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_says_so(monkeypatch):
+    monkeypatch.setattr("benchmarks.charts.available", lambda: False)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        bench("--plot", "out.png")
+
+
+def scaled_up(x, *arguments, **keywords):
+    return providers.reference.group_norm_act(x, *arguments, **keywords) * 1.001
+
+
+def wrong_gradient(x, num_groups, weight, bias, eps, *, activation):
+    y = providers.reference.group_norm_act(x, num_groups, weight, bias.detach(), eps, activation=activation)
+    return y + 0 * bias.sum()
+
+
+@pytest.mark.parametrize("wrong, mode", [(scaled_up, "--forward"), (scaled_up, "--train"), (wrong_gradient, "--train")])
+def test_a_wrong_result_is_caught_and_not_timed(tmp_path, capsys, monkeypatch, wrong, mode):
+    monkeypatch.setitem(providers.PROVIDERS, "ours", dataclasses.replace(providers.PROVIDERS["ours"], op=wrong))
+    assert bench("--op", mode, "--json", tmp_path / "r.json") == 1
+    assert "CHECK FAILED" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert result["providers"]["ours"]["wall_seconds"] is None and result["providers"]["eager"]["wall_seconds"] > 0
+
+
+def test_nan_is_caught():
+    with pytest.raises(measure.CheckFailed):
+        errors = measure.errors([torch.full((3,), math.nan)], [torch.ones(3).double()])
+        measure.check(errors, [0.0], "op", torch.float32)
+
+
+def test_without_a_compiler_the_others_go_on(tmp_path, capsys, monkeypatch):
+    def no_compiler(*arguments, **keywords):
+        raise RuntimeError("no working C++ compiler\n(a long story)")
+
+    broken = dataclasses.replace(providers.PROVIDERS["compile"], op=no_compiler, compiled=False)
+    monkeypatch.setitem(providers.PROVIDERS, "compile", broken)
+    assert bench_fused.main([*TINY, "--op", "--forward"]) == 0
+    printed = capsys.readouterr().out
+    assert "n/a  compile: RuntimeError: no working C++ compiler" in printed and "long story" not in printed
+
+
+def test_too_little_memory_is_reported(capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.machine.available_bytes", lambda device: 1)
+    assert bench("--op", "--forward") == 0
+    assert "GB of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--shape", "8"], ["--providers", "theirs"], ["--suite", "none"]])
+def test_bad_options_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench(*options)
+    assert stopped.value.code == 2 and options[1] in capsys.readouterr().err
+
+
+# ---- the model
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(model, "AutoencoderKL", functools.partial(autoencoder.AutoencoderKL, ch=32, ch_mult=(1, 2)))
+
+
+def test_state_dict_does_not_depend_on_the_block():
+    made = []
+    for name in ("eager", "F.silu", "ours"):
+        torch.manual_seed(0)
+        provider = providers.PROVIDERS[name]
+        made.append(autoencoder.AutoencoderKL(provider.block, provider.norm_act, ch=32, ch_mult=(1, 2)).state_dict())
+    for other in made[1:]:
+        assert list(made[0]) == list(other) and all(torch.equal(a, b) for a, b in zip(made[0].values(), other.values()))
+
+
+def test_model(small, tmp_path, capsys):
+    assert bench("--model", "--resolution", 16, "--layout", "both", "--json", tmp_path / "r.json") == 0
+    assert "LDM kl-f8 autoencoder" in capsys.readouterr().out
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [(r["level"], r["mode"], r["layout"]) for r in results] == [
+        ("model", mode, layout) for layout in ("contiguous", "channels_last") for mode in ("forward", "training")
+    ]
+    for numbers in (r["providers"]["ours"] for r in results):
+        assert numbers["wall_seconds"] > 0 and numbers["peak_bytes"] > 0 and numbers["difference"] < 1e-4
+
+
+def test_a_wrong_model_is_caught(small, monkeypatch, capsys):
+    class Forgetful(providers.reference.ResnetBlock):
+        def forward(self, x, temb=None):
+            if self.in_channels != self.out_channels:
+                return super().forward(x)
+            return x + self.conv2(F.silu(self.conv1(F.silu(self.norm1(x)))))  # without norm2
+
+    monkeypatch.setitem(providers.PROVIDERS, "ours", dataclasses.replace(providers.PROVIDERS["ours"], block=Forgetful))
+    assert bench("--model", "--forward", "--resolution", 16) == 1
+    assert "CHECK FAILED" in capsys.readouterr().out
+
+
+def test_pictures(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    assert model.picture(None, 32).shape == (1, 3, 32, 32)
+    numpy.save(tmp_path / "bytes.npy", numpy.full((40, 64, 3), 255, numpy.uint8))
+    numpy.save(tmp_path / "floats.npy", numpy.full((3, 40, 64), 0.5))
+    for name, value in (("bytes", 1.0), ("floats", 0.5)):
+        image = model.picture(str(tmp_path / f"{name}.npy"), 16)
+        assert image.shape == (1, 3, 16, 16) and image.dtype == torch.float32
+        torch.testing.assert_close(image, torch.full_like(image, value))
+
+
+def test_bad_pictures_are_refused_in_a_sentence(small, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    numpy.save(tmp_path / "flat.npy", numpy.zeros((8, 8)))
+    for path in ("flat.npy", "missing.npy", "missing.png"):
+        with pytest.raises(SystemExit) as stopped:
+            bench("--model", "--image", tmp_path / path)
+        assert path in str(stopped.value.code) or "Pillow" in str(stopped.value.code)
+    with pytest.raises(SystemExit, match="multiple of 8"):
+        bench("--model", "--resolution", 20)
