@@ -91,6 +91,8 @@ def main(argv=None) -> int:
     except ImportError as e:
         sys.exit(str(e))
     complete(args, torch)
+    if args.plot and not args.levels:
+        sys.exit("--plot draws the op and the block: add --op or --block to --model")
     if args.plot and not charts.available():
         sys.exit("--plot needs matplotlib: pip install matplotlib")
 

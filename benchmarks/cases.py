@@ -15,7 +15,7 @@ Case = Tuple[str, str, Workload, str]
 
 
 # Seconds after which the overview that runs without --suite or --shape starts nothing new, to end within two minutes.
-OVERVIEW = 90
+OVERVIEW = 95
 
 
 def run(args) -> List[Row]:
@@ -31,13 +31,17 @@ def run(args) -> List[Row]:
         needed, free = needed_bytes(row), machine.available_bytes(args.device)
         if is_overview(args) and time.monotonic() - start > OVERVIEW:
             left = len(todo) - len(rows)
-            progress.say(f"{left} of {len(todo)} cases left out to end in time (--suite and --shape have no time limit)")
+            progress.say(f"{left} of {len(todo)} cases left out to end in two minutes (--suite or --shape run all)")
             break
-        if needed > free:
-            reason = f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
-            row.cells = {name: Cell(reason=reason) for name in args.providers}
-        else:
+        try:
+            if needed > free:
+                raise MemoryError(f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
             check_and_time(row, args, progress)
+        except (MemoryError, RuntimeError) as e:  # such as too little memory on a GPU: the other cases go on
+            reason = measure.first_line(e)
+            row.cells = {name: row.cells.get(name) or Cell() for name in args.providers}
+            for cell in row.cells.values():
+                cell.reason = cell.reason or reason
         rows.append(row)
         progress.step()
     progress.close()

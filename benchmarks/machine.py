@@ -110,18 +110,19 @@ def proc_fields(path: str) -> Dict[str, int]:
     return {name: int(value.split()[0]) << 10 for name, value in pairs}
 
 
-def reset_peak(device) -> None:
-    """Starts a new measurement of peak memory, after giving back what is no longer used."""
+def reset_peak(device) -> int:
+    """Starts a new measurement of peak memory after giving back what is no longer used; returns what is in use."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return
+        return torch.cuda.memory_allocated()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         pass
+    return proc_fields("/proc/self/status").get("VmRSS", 0)
 
 
 def peak_bytes(device) -> Optional[int]:

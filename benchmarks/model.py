@@ -13,7 +13,7 @@ from benchmarks import machine, measure
 from benchmarks.autoencoder import AutoencoderKL
 from benchmarks.providers import MEMORY_FORMATS
 from benchmarks.providers import PROVIDERS, Contender, compiled, randomize_norms
-from benchmarks.report import Cell, Progress, aligned, percent, scaled, three_digits, times
+from benchmarks.report import Cell, Progress, aligned, scaled, times
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ModelRow:
                 "speedup_of_ours": self.speedup(name),
                 "kept_bytes": cell.kept_bytes,
                 "peak_bytes": cell.peak_bytes,
-                "difference": cell.error,
+                "difference": cell.error if cell.error is not None and math.isfinite(cell.error) else None,
                 "reason": cell.reason,
             }
             for name, cell in self.cells.items()
@@ -197,11 +197,13 @@ def allowed_difference(dtype: torch.dtype, device: str) -> float:
 
 
 def measure_memory(cell: Cell, contender: Contender, mode: str, inputs, device: str) -> None:
-    """Peak memory of one pass after the first, and what autograd keeps."""
-    machine.reset_peak(device)
+    """Peak memory of a pass above what was in use before it (weights, and on a CPU whatever the process has become),
+    and what autograd keeps."""
+    before = machine.reset_peak(device)
     with torch.set_grad_enabled(mode == "training"):
         measure.runner(contender, mode)(*inputs)
-    cell.peak_bytes = machine.peak_bytes(device)
+    peak = machine.peak_bytes(device)
+    cell.peak_bytes = None if peak is None else peak - before
     if mode == "training":
         cell.kept_bytes = measure.kept_bytes(contender, inputs[0])
 
@@ -229,8 +231,9 @@ def summary(rows: List[ModelRow], args) -> str:
             "-" * max(map(len, text)),
             *text[1:],
             "",
-            "ms: median of one call. peak: the most memory in use in one, weights included. kept: what autograd keeps",
-            "for the backward pass. difference: from eager's picture, relative; in training from its gradients too.",
+            "ms: median of one call. peak: the most memory in use during one, above what was in use before (weights).",
+            "kept: what autograd keeps for the backward pass. difference: from eager's picture, relative; in training",
+            "from its gradients too.",
             *reasons,
         ]
     )

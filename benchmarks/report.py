@@ -3,9 +3,10 @@
 import csv
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Iterable, List, Optional, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence
 
 from benchmarks.measure import Timing, limit_bytes
 from benchmarks.workloads import Workload
@@ -98,24 +99,28 @@ class Progress:
     def show(self, doing: str) -> None:
         filled = 30 * self.done // self.total
         if self.tty:
-            line = f"[{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}  {doing}"
-            print(f"\r{line:<110.110}", end="", file=sys.stderr, flush=True)
+            self.line(f"[{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}  {doing}")
         elif 10 * self.done // self.total > self.tenth:
             self.tenth = 10 * self.done // self.total
             print(f"[{self.done}/{self.total}] {doing}", file=sys.stderr, flush=True)
 
+    def line(self, text: str) -> None:
+        """Writes over the line that the cursor is in."""
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+
     def step(self) -> None:
         self.done += 1
 
-    def say(self, line: str) -> None:
+    def say(self, text: str) -> None:
         """A line that stays, above the bar."""
-        if self.tty:
-            print("\r" + " " * 110, end="\r", file=sys.stderr)
-        print(line, file=sys.stderr, flush=True)
+        self.close()
+        print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.tty:
-            print("\r" + " " * 110, end="\r", file=sys.stderr, flush=True)
+            self.line("")
+            print(end="\r", file=sys.stderr, flush=True)
 
 
 # ---- numbers as text
@@ -301,7 +306,7 @@ def as_dict(row: Row, names: Sequence[str]) -> Dict[str, object]:
             "bytes_per_second": row.bandwidth(name),
             "share_of_copy": row.copy_share(name),
             "kept_bytes": cell.kept_bytes,
-            "relative_error": cell.error,
+            "relative_error": cell.error if cell.error is not None and math.isfinite(cell.error) else None,
             "reason": cell.reason or (timing.note if timing else ""),
         }
     return {

@@ -62,9 +62,9 @@ inline bool is_channels_last(const Tensor& t) {
 inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType type, const Tensor& like) {
   int32_t device_type, dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }

@@ -17,6 +17,8 @@ __all__ = ["group_norm_act", "group_norm_silu"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = {"silu": True, "swish": True, None: False}
+_KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.HAS_CUDA else {"cpu", "meta"})
+_warned = set()  # device types
 
 
 def group_norm_silu(
@@ -90,7 +92,8 @@ def group_norm_act(
 
 def run(a: ops.Arguments) -> Tensor:
     """The op on checked arguments, by the cheapest route that is right where it is called."""
-    if not _has_kernels(a.x.device):
+    if a.x.device.type not in _KERNEL_DEVICES:
+        _warn_without_kernels(a.x.device.type)
         return ops.composed(a)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return ops.composed(a)  # an op with an autograd formula alone would give zero tangents
@@ -113,24 +116,13 @@ def _castable(t, x: Tensor):
     return t
 
 
-def _has_kernels(device: torch.device) -> bool:
-    if device.type == "cpu" or device.type == "meta" or (device.type == "cuda" and ops.HAS_CUDA):
-        return True
-    _warn_without_kernels(device.type)
-    return False
-
-
-_warned = set()
-
-
 def _warn_without_kernels(device_type: str) -> None:
     if device_type in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device_type)
-    rebuild = "rebuild it where PyTorch and nvcc have CUDA, with `FORCE_CUDA=1 make build`, for" \
-        if device_type == "cuda" else "there are none for this device:"
-    warnings.warn(f"ldm_fused has no kernels for '{device_type}' tensors in this build and composes the op of PyTorch "
-                  f"ops; {rebuild} fused kernels.", stacklevel=4)
+    rebuild = "Build it again where PyTorch and nvcc have CUDA to get them." if device_type == "cuda" else ""
+    warnings.warn(f"ldm_fused has no kernels for '{device_type}' tensors in this build, and composes the op of PyTorch "
+                  f"ops. {rebuild}", stacklevel=4)
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------

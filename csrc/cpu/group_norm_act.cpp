@@ -396,6 +396,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
 }
 
 }  // namespace
+
+const char* isa() { return use_avx2() ? "avx2" : "baseline"; }
+
 }  // namespace cpu
 }  // namespace ldm_fused
 

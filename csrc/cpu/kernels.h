@@ -60,5 +60,7 @@ template <class X, class Y>
 Kernels<X, Y> kernels();
 }
 
+const char* isa();  // the instruction set in use: "baseline" or "avx2"
+
 }  // namespace cpu
 }  // namespace ldm_fused

@@ -6,13 +6,16 @@
 #include "cuda/group_norm_act_forward.cuh"
 #include "tensors.h"
 
+// Only a CUDA torch has it: weak, so that this binary loads under a CPU-only torch too, where nothing here is called.
+#pragma weak aoti_torch_get_current_cuda_stream
+
 namespace ldm_fused {
 namespace cuda {
 namespace {
 
 cudaStream_t current_stream(const Tensor& on) {
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

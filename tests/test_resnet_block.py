@@ -1,0 +1,407 @@
+"""FusedResnetBlock against the reference block: numbers, state dicts, and when a site must not be fused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import ldm_fused
+from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, reference
+from ldm_fused.compat import ldm
+
+CONFIGURATIONS = {
+    "identity": dict(in_channels=32, dropout=0.0),
+    "1x1 shortcut": dict(in_channels=32, out_channels=64, dropout=0.0),
+    "3x3 shortcut": dict(in_channels=64, out_channels=32, conv_shortcut=True, dropout=0.0),
+    "time embedding": dict(in_channels=32, out_channels=64, dropout=0.0, temb_channels=24),
+    "other groups": dict(in_channels=20, out_channels=10, dropout=0.0, num_groups=5, eps=1e-3),
+}
+
+
+def pair(device="cpu", dtype=torch.float32, **configuration):
+    """A reference block and a fused one with the same weights, norms not at their initial ones and zeros."""
+    block = reference.ResnetBlock(**configuration)
+    for norm in (block.norm1, block.norm2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    fused = FusedResnetBlock(**configuration)
+    fused.load_state_dict(block.state_dict(), strict=True)
+    return block.to(device, dtype), fused.to(device, dtype)
+
+
+def inputs(block, device="cpu", dtype=torch.float32):
+    x = torch.randn(2, block.in_channels, 9, 7, device=device, dtype=dtype, requires_grad=True)
+    temb = torch.randn(2, block.temb_proj.in_features, device=device, dtype=dtype, requires_grad=True) \
+        if hasattr(block, "temb_proj") else None
+    return x, temb
+
+
+def results(block, x, temb, dy):
+    y = block(x, temb)
+    leaves = [t for t in (x, temb, *block.parameters()) if t is not None]
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Counts the calls of the fused op."""
+    calls = []
+    run = functional.run
+    monkeypatch.setattr(functional, "run", lambda a: calls.append(a) or run(a))
+    return calls
+
+
+# ---- Numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_computes_what_the_reference_computes(device, name, recompute, layout, fused_calls):
+    block, fused = pair(device, torch.float64, **CONFIGURATIONS[name])
+    fused.recompute = recompute
+    x, temb = inputs(block, device, torch.float64)
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
+    dy = torch.randn_like(block(x, temb))
+    for ours, theirs in zip(results(fused, x, temb, dy), results(block, x, temb, dy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(fused_calls) == (4 if recompute else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_no_less_accurate_than_the_reference(device, dtype):
+    block, fused = pair(device, dtype, **CONFIGURATIONS["time embedding"])
+    x, temb = inputs(block, device, dtype)
+    exact = copy.deepcopy(block).double()(x.double(), temb.double())
+    ours, theirs = ((b(x, temb).double() - exact).square().mean().sqrt() for b in (fused, block))
+    assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.square().mean().sqrt()
+
+
+def test_recompute_keeps_two_tensors_and_gives_the_same_bits(device):
+    block, fused = pair(device, in_channels=32, dropout=0.3)
+    x, _ = inputs(block, device)
+    kept, gradients = {}, {}
+    for name, b in (("reference", block), ("fused", fused),
+                    ("recompute", FusedResnetBlock.from_module(fused, recompute=True))):
+        saved = {}
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            y = b(x)
+        kept[name] = sum(t.shape == x.shape for t in saved.values())
+        gradients[name] = torch.autograd.grad(y.square().sum(), (x, *b.parameters()))
+    assert kept["recompute"] == 2 and kept["fused"] < kept["reference"], kept
+    assert all(torch.equal(a, b) for a, b in zip(gradients["fused"], gradients["recompute"]))
+
+
+def test_dropout_follows_its_module(device):
+    _, fused = pair(device, in_channels=32, dropout=0.5)
+    x = torch.randn(2, 32, 8, 8, device=device)
+    assert not torch.equal(fused(x), fused(x))
+    fused.dropout.p = 0.0
+    assert torch.equal(fused(x), fused(x))
+    fused.dropout.p = 0.5
+    fused.eval()
+    assert torch.equal(fused(x), fused(x))
+    torch.manual_seed(3)
+    fused.train()
+    first = fused(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, fused(x))
+
+
+def test_output_never_aliases_the_input(device):
+    _, fused = pair(device, in_channels=32, dropout=0.0)
+    x = torch.randn(2, 32, 8, 8, device=device)
+    before = x.clone()
+    fused(x).zero_()
+    assert torch.equal(x, before)
+
+
+def test_fullgraph_compile_with_backward(device):
+    block, fused = pair(device, **CONFIGURATIONS["time embedding"])
+    x, temb = inputs(block, device)
+    dy = torch.randn_like(block(x, temb))
+    torch._dynamo.reset()
+    for ours, theirs in zip(results(torch.compile(fused, fullgraph=True), x, temb, dy), results(block, x, temb, dy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(device, dtype, fused_calls):
+    block, fused = pair(device, **CONFIGURATIONS["time embedding"])
+    x, temb = (t.detach() for t in inputs(block, device))
+    with torch.autocast(device, torch.bfloat16):
+        ours, theirs = fused(x.to(dtype), temb), block(x.to(dtype), temb)
+    assert ours.dtype == theirs.dtype and len(fused_calls) == 2
+    exact = block(x, temb).double()
+    errors = [(y.double() - exact).square().mean().sqrt() for y in (ours, theirs)]
+    assert errors[0] <= 1.2 * errors[1]
+    # The convolution takes the op's output as it is, with no cast between.
+    assert all(a.out_dtype == torch.bfloat16 for a in fused_calls)
+
+
+# ---- Drop-in -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_same_seed_same_weights_same_names(name):
+    torch.manual_seed(7)
+    block = reference.ResnetBlock(**CONFIGURATIONS[name])
+    torch.manual_seed(7)
+    fused = FusedResnetBlock(**CONFIGURATIONS[name])
+    assert list(block.state_dict()) == list(fused.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(block.state_dict().values(), fused.state_dict().values()))
+    assert [n for n, _ in block.named_modules()] == [n for n, _ in fused.named_modules()]
+    assert [type(m) for m in block.children()] == [type(m) for m in fused.children()]
+    for attribute in ("in_channels", "out_channels", "use_conv_shortcut"):
+        assert getattr(block, attribute) == getattr(fused, attribute)
+    block.load_state_dict(fused.state_dict(), strict=True)
+
+
+def test_compat_ldm_signature():
+    block = ldm.ResnetBlock(in_channels=32, out_channels=64, dropout=0.0)
+    assert block.temb_proj.in_features == 512 and block.norm1.eps == 1e-6 and block.norm1.num_groups == 32
+    x = torch.randn(1, 32, 4, 4)
+    assert block(x, None).shape == block(x, torch.randn(1, 512)).shape == (1, 64, 4, 4)
+    with pytest.raises(TypeError):
+        block(x)
+    assert not hasattr(ldm.ResnetBlock(in_channels=32, dropout=0.0, temb_channels=0), "temb_proj")
+
+
+def test_temb_without_a_projection_is_a_value_error():
+    x, temb = torch.randn(1, 32, 4, 4), torch.randn(1, 8)
+    for cls in (FusedResnetBlock, reference.ResnetBlock):
+        block = cls(in_channels=32, dropout=0.0)
+        with pytest.raises(ValueError, match="temb_proj"):
+            block(x, temb)
+
+
+@pytest.mark.parametrize("cls", [FusedResnetBlock, ldm.ResnetBlock, ldm_fused.GroupNormSiLU])
+def test_copies_and_pickles(cls):
+    module = cls(2, 32) if cls is ldm_fused.GroupNormSiLU else cls(in_channels=32, dropout=0.0)
+    x = torch.randn(1, 32, 4, 4)
+    arguments = (x, None) if cls is ldm.ResnetBlock else (x,)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is cls and torch.equal(other(*arguments), module(*arguments))
+
+
+def test_group_norm_silu_module_takes_group_norms_arguments():
+    module = ldm_fused.GroupNormSiLU(4, 16, eps=1e-3, affine=False, dtype=torch.float64)
+    x = torch.randn(2, 16, 3, dtype=torch.float64)
+    torch.testing.assert_close(module(x), nn.functional.silu(nn.functional.group_norm(x, 4, eps=1e-3)))
+    assert isinstance(module, nn.GroupNorm) and not module.state_dict()
+    assert ldm_fused.GroupNormSiLU(4, 16, bias=False).bias is None
+
+
+# ---- Pristine or not ---------------------------------------------------------------------------------------------
+
+
+def replace_forward(block):
+    forward = block.norm1.forward
+    block.norm1.forward = lambda x: forward(x) * 2
+
+
+def hook(block):
+    block.norm1.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def hook_before(block):
+    block.norm1.register_forward_pre_hook(lambda module, args: (args[0] * 2 + 1,))
+
+
+def hook_backward(block):
+    block.norm1.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 2,))
+
+
+def parametrize(block):
+    parametrizations.weight_norm(block.norm1)
+
+
+def subclass(block):
+    class Doubled(nn.GroupNorm):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    norm = Doubled(32, 32, eps=1e-6)
+    norm.load_state_dict(block.norm1.state_dict())
+    block.norm1 = norm.double()
+
+
+def other_norm(block):
+    block.norm1 = nn.InstanceNorm2d(32, affine=True).double()
+
+
+DISTURBANCES = [replace_forward, hook, hook_before, hook_backward, parametrize, subclass, other_norm]
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
+def test_a_disturbed_norm_is_called_as_it_is(disturb, fused_calls):
+    block, fused = pair(dtype=torch.float64, in_channels=32, dropout=0.0)
+    torch.manual_seed(0)
+    disturb(block)
+    torch.manual_seed(0)
+    disturb(fused)
+    x, _ = inputs(block, dtype=torch.float64)
+    dy = torch.randn_like(x)
+    for ours, theirs in zip(results(fused, x, None, dy), results(block, x, None, dy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(fused_calls) == 1  # norm2's
+
+
+def test_global_hooks_are_called(fused_calls):
+    _, fused = pair(in_channels=32, dropout=0.0)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        fused(torch.randn(1, 32, 4, 4))
+    finally:
+        handle.remove()
+    assert fused.norm1 in seen and fused.norm2 in seen and not fused_calls
+
+
+def test_a_replaced_class_forward_is_called(monkeypatch, fused_calls):
+    _, fused = pair(in_channels=32, dropout=0.0)
+    forward = nn.GroupNorm.forward
+    monkeypatch.setattr(nn.GroupNorm, "forward", lambda self, x: forward(self, x) * 2)
+    fused(torch.randn(1, 32, 4, 4))
+    assert not fused_calls
+
+
+def test_parameters_elsewhere_leave_the_norm_to_its_own_devices(fused_calls):
+    _, fused = pair(in_channels=32, dropout=0.0)
+    weight, bias = fused.norm1.weight, fused.norm1.bias
+    fused.norm1.to("meta")
+
+    def bring(module, args):  # what an offloading library does
+        module.weight, module.bias = weight, bias
+
+    fused.norm1.register_forward_pre_hook(bring)
+    fused(torch.randn(1, 32, 4, 4))
+    assert len(fused_calls) == 1
+
+
+def test_wrapped_convolutions_and_replaced_dropout_are_called():
+    block, fused = pair(dtype=torch.float64, in_channels=32, dropout=0.0)
+
+    class Adapter(nn.Module):  # as LoRA does
+        def __init__(self, conv):
+            super().__init__()
+            self.conv, self.down, self.up = conv, nn.Conv2d(32, 2, 1, dtype=torch.float64), nn.Conv2d(2, 32, 1, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.conv(x) + self.up(self.down(x))
+
+    class Half(nn.Module):
+        training, p = True, 0.5
+
+        def forward(self, x):
+            return x * 0.5
+
+    adapter = Adapter(block.conv1)
+    for b in (block, fused):
+        b.conv1, b.dropout = adapter, Half()
+    x = torch.randn(2, 32, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), block(x))
+
+
+# ---- from_module -------------------------------------------------------------------------------------------------
+
+
+class PrivateCopy(nn.Module):
+    """The block as many repositories carry it: another class, the same parts."""
+
+    def __init__(self, in_channels=32, out_channels=32):
+        super().__init__()
+        for name, module in reference.ResnetBlock(in_channels=in_channels, out_channels=out_channels,
+                                                  dropout=0.1).named_children():
+            self.add_module(name, module)
+
+    def forward(self, x, temb):
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(nn.functional.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Preactivated(PrivateCopy):
+    def forward(self, x, temb=None):
+        return super().forward(nn.functional.relu(x), temb)
+
+
+class Scaled(PrivateCopy):
+    def forward(self, x, temb=None):
+        return super().forward(x, temb) / 2**0.5
+
+
+class WrongGradient(PrivateCopy):
+    def forward(self, x, temb=None):
+        return super().forward(x, temb).detach() + (x - x.detach())
+
+
+class Failing(PrivateCopy):
+    def forward(self, x):
+        raise KeyError("no such thing")
+
+
+class WithBatchNorm(PrivateCopy):
+    def __init__(self):
+        super().__init__()
+        self.norm3 = nn.BatchNorm2d(32)
+
+
+class WithScale(PrivateCopy):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: reference.ResnetBlock(in_channels=32, dropout=0.1, temb_channels=8),
+    lambda: FusedResnetBlock(in_channels=32, dropout=0.1),
+    lambda: ldm.ResnetBlock(in_channels=32, out_channels=64, dropout=0.1),
+    lambda: PrivateCopy(),
+    lambda: PrivateCopy(32, 64).eval(),
+], ids=["reference", "fused", "compat", "private copy", "private copy with shortcut"])
+def test_from_module_shares_parameters(make):
+    block = make()
+    state = torch.get_rng_state()
+    fused = FusedResnetBlock.from_module(block)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [id(p) for p in fused.parameters()] == [id(p) for p in block.parameters()]
+    assert list(fused.state_dict()) == list(block.state_dict()) and fused.training == block.training
+    fused.eval()
+    x = torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(fused(x), block(x, None), rtol=1e-4, atol=1e-5)
+
+
+def strided(block):
+    block.conv1 = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+    return block
+
+
+def without_dropout(block):
+    del block.dropout
+    return block
+
+
+@pytest.mark.parametrize("make,reason", [
+    (Preactivated, "computes another output"),
+    (Scaled, "computes another output"),
+    (WrongGradient, "computes another gradient|failed in a trial"),
+    (Failing, "failed in a trial with KeyError"),
+    (WithBatchNorm, "another submodule, norm3"),
+    (WithScale, "parameters or buffers of its own"),
+    (lambda: strided(PrivateCopy()), "conv1 is Conv2d"),
+    (lambda: without_dropout(PrivateCopy()), "it has no dropout"),
+    (lambda: nn.Linear(2, 2), "it has no norm1"),
+], ids=["preactivated", "scaled", "wrong gradient", "failing", "batch norm", "own parameter", "strided", "no dropout", "linear"])
+def test_from_module_refuses_what_it_cannot_stand_in_for(make, reason):
+    with pytest.raises(UnsupportedBlock, match=reason):
+        FusedResnetBlock.from_module(make())
+
+
+def test_from_module_of_a_block_on_meta():
+    fused = FusedResnetBlock.from_module(PrivateCopy().to("meta"))
+    assert fused.conv1.weight.is_meta
