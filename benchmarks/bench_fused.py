@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add = what.add_argument
     add("--op", action="store_true", help="the op: GroupNorm and SiLU")
     add("--block", action="store_true", help="the ResNet block")
-    add("--model", action="store_true", help="a whole LDM kl-f8 autoencoder; minutes on a CPU")
+    add("--model", action="store_true", help="a whole LDM kl-f8 autoencoder; takes long on a CPU")
     add("--forward", action="store_true", help="only the forward pass, without autograd")
     add("--train", action="store_true", help="only forward and backward together (without either option: both, and"
                                              " training only for models that people train)")  # fmt: skip
@@ -136,6 +136,12 @@ def complete(args, torch) -> None:
     args.train_all = args.train and not args.forward
     args.modes = [mode for mode, on in (("forward", args.forward), ("training", args.train)) if on]
     args.modes = args.modes or ["forward", "training"]
+    for shape in args.shape or []:
+        if args.groups < 1 or shape[1] % args.groups:
+            sys.exit(f"--shape {shape}: {shape[1]} channels are no multiple of {args.groups} groups, see --groups")
+    for path in filter(None, (args.csv, args.json, args.plot)):
+        if not Path(path).resolve().parent.is_dir():
+            sys.exit(f"{path}: there is no such folder")
     if args.threads:
         torch.set_num_threads(args.threads)
 

@@ -30,14 +30,14 @@ def run(args) -> List[Row]:
         progress.show(row.title)
         needed, free = needed_bytes(row), machine.available_bytes(args.device)
         if is_overview(args) and time.monotonic() - start > OVERVIEW:
-            left = len(todo) - len(rows)
-            progress.say(f"{left} of {len(todo)} cases left out to end in two minutes (--suite or --shape run all)")
             break
         try:
             if needed > free:
                 raise MemoryError(f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
             check_and_time(row, args, progress)
-        except (MemoryError, RuntimeError) as e:  # such as too little memory on a GPU: the other cases go on
+        except (MemoryError, RuntimeError) as e:
+            if not measure.out_of_memory(e):
+                raise
             reason = measure.first_line(e)
             row.cells = {name: row.cells.get(name) or Cell() for name in args.providers}
             for cell in row.cells.values():
@@ -76,7 +76,7 @@ def is_overview(args) -> bool:
 
 def needed_bytes(row: Row) -> int:
     """Roughly what a case holds at its worst: the float64 oracle beside the provider that is compared with it."""
-    oracle, own = (4 * 8, 4 * row.itemsize) if row.mode == "forward" else (9 * 8, 12 * row.itemsize)
+    oracle, own = (7 * 8, 4 * row.itemsize) if row.mode == "forward" else (12 * 8, 12 * row.itemsize)
     return row.workload.numel * (oracle + own) * (2 if row.level == "block" else 1)
 
 
@@ -126,7 +126,8 @@ def check(row: Row, contenders, oracle, inputs, dtype, progress: Progress) -> Di
         except measure.CheckFailed as e:
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
         except Exception as e:  # torch.compile without a working compiler, or too little memory: the others go on
-            cell.reason, cell.failed = measure.first_line(e), contender.name == "ours"
+            cell.reason = measure.first_line(e)
+            cell.failed = contender.name != "compile" and not measure.out_of_memory(e)
         if cell.failed:
             progress.say(f"{contender.name}, {row.title} {row.dtype}: {cell.reason}")
     return runs
@@ -136,12 +137,16 @@ def summary(rows: List[Row], args) -> str:
     """The table and what follows it."""
     suites: Dict[str, List[Workload]] = {}
     for w in workloads.select(args.suite) if args.suite and not args.shape else []:
-        suites.setdefault(w.suite, []).append(w)
+        if w.suite not in workloads.SAMPLES:
+            suites.setdefault(w.suite, []).append(w)
+    total = len(list(chosen(args)))
+    left_out = f"{total - len(rows)} of {total} cases left out, to end in two minutes: --suite has no limit."
     parts = [
         report.table(rows, args.providers),
         report.legend(rows),
         report.means(rows, args.providers),
         report.suite_totals(rows, suites, args.providers),
         report.notes(rows),
+        left_out if len(rows) < total else "",
     ]
     return "\n" + "\n\n".join(filter(None, parts))

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Callable, Dict, List, Optional, Sequence
 
+from benchmarks.machine import counted
 from benchmarks.report import Row, percent, times
 
 # Told apart with any colour vision, and in grey: two greys, and the orange and the blue of Okabe and Ito's palette.
@@ -143,7 +144,7 @@ def title(rows: Sequence[Row], environment: Dict[str, object]) -> List[str]:
     layouts = {row.layout for row in rows}
     parts = [rows[0].dtype, *(layouts if len(layouts) == 1 else []), f"torch {environment['torch']}"]
     parts += [f"ldm_fused {environment['ldm_fused']}"]
-    threads = f", {environment['threads']} threads" if rows[0].device == "cpu" else ""
+    threads = f", {counted(environment['threads'], 'thread')}" if rows[0].device == "cpu" else ""
     return ["GroupNorm + SiLU in diffusion models", f"{environment['machine']}{threads}   |   " + "   |   ".join(parts)]
 
 

@@ -41,9 +41,13 @@ def headline(named: Dict[str, object]) -> str:
     """The machine and the versions in one line."""
     where = named["machine"]
     if where == named["cpu"]:
-        where = f"{where} ({named['cores']} cores, {named['threads']} threads)"
+        where = f"{where} ({counted(named['cores'], 'core')}, {counted(named['threads'], 'thread')})"
     commit = f", commit {named['commit']}" if named["commit"] else ""
     return f"{where}, torch {named['torch']}, Python {named['python']}, ldm_fused {named['ldm_fused']}{commit}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def cores() -> int:

@@ -226,7 +226,7 @@ def enough_rounds(slowest: float, min_run_time: float) -> int:
     """Five, and fewer where one call already takes long: a round is at least two calls of everybody."""
     if slowest < min_run_time:
         return 5
-    return 3 if slowest < 1 else 2 if slowest < 5 else 1
+    return 3 if slowest < 5 else 2
 
 
 def merge(measured: List[Measurement]) -> Optional[Measurement]:
@@ -238,6 +238,11 @@ def copy_runner(sets: List[Inputs]) -> Callable[..., None]:
     the same memory, and into as many as there are inputs on CUDA, where a graph's outputs are all kept."""
     targets = itertools.cycle([x.detach().clone() for x, *_ in (sets if sets[0][0].is_cuda else sets[:1])])
     return lambda x, *_: next(targets).copy_(x.detach())
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether this is about memory; PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
 
 
 def first_line(e: BaseException) -> str:

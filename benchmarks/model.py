@@ -162,7 +162,8 @@ def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, arg
         except measure.CheckFailed as e:
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
         except Exception as e:  # torch.compile without a working compiler, or too little memory: the others go on
-            cell.reason, cell.failed = measure.first_line(e), contender.name == "ours"
+            cell.reason = measure.first_line(e)
+            cell.failed = contender.name != "compile" and not measure.out_of_memory(e)
         if contender.name in args.providers:
             progress.step()
         if cell.failed:

@@ -21,6 +21,9 @@ SUITES = {
     "video-vae": "video autoencoders, 5-D",
 }
 
+# Suites of single calls; the others hold every call of a model, as often as it makes them.
+SAMPLES = ("seed", "video-vae")
+
 # What people train; of the rest only the forward pass matters.
 TRAINED = ("seed", "sd15-unet-512", "sdxl-unet-1024", "ldm-kl-f8-train-256", "custom")
 

@@ -16,9 +16,7 @@ namespace ldm_fused {
 
 enum class Dtype : int { float32, float16, bfloat16, float64 };
 
-LDM_FUSED_HD int size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+LDM_FUSED_HD int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // 16-bit numbers as they lie in memory. All arithmetic is done in float.
 struct Half {
@@ -73,9 +71,13 @@ template <class T>
 LDM_FUSED_HD T narrow(Accumulate<T> value);
 
 template <>
-LDM_FUSED_HD float narrow<float>(float value) { return value; }
+LDM_FUSED_HD float narrow<float>(float value) {
+  return value;
+}
 template <>
-LDM_FUSED_HD double narrow<double>(double value) { return value; }
+LDM_FUSED_HD double narrow<double>(double value) {
+  return value;
+}
 
 template <>
 LDM_FUSED_HD BFloat16 narrow<BFloat16>(float value) {

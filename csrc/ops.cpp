@@ -24,13 +24,14 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
 #endif
 
 static PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__, "built_with_torch",
-                       LDM_FUSED_TORCH, "cuda", LDM_FUSED_CUDA, "cuda_archs", LDM_FUSED_CUDA_ARCHS,
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__,
+                       "built_with_torch", LDM_FUSED_TORCH, "cuda", LDM_FUSED_CUDA, "cuda_archs", LDM_FUSED_CUDA_ARCHS,
                        "cpu_isa", ldm_fused::cpu::isa());
 }
 
 static PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "What this binary was built of and runs on, all strings; those of CUDA are empty without it."},
+    {"build_info", build_info, METH_NOARGS,
+     "What this binary was built of and runs on, all strings; those of CUDA are empty without it."},
     {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

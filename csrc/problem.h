@@ -10,14 +10,16 @@ struct Shape {
   int64_t groups;
   bool channels_last;
 
-  LDM_FUSED_HD int64_t channels_per_group() const { return channels / groups; }
+  // Divisions of 32 bits, of which kernels do one a channel: there are fewer than 2^31 channels.
+  LDM_FUSED_HD uint32_t channels_per_group() const { return uint32_t(channels) / uint32_t(groups); }
+  LDM_FUSED_HD int64_t group(int64_t n, int64_t c) const { return n * groups + uint32_t(c) / channels_per_group(); }
   LDM_FUSED_HD int64_t rows() const { return batch * channels; }
   LDM_FUSED_HD int64_t elements() const { return rows() * spatial; }
 };
 
 // An optional per-channel parameter, (C,) or (N, C), in a dtype of its own.
 struct Parameter {
-  const void* data;      // null: absent
+  const void* data;  // null: absent
   Dtype dtype;
   int64_t batch_stride;  // 0 for (C,), C for (N, C)
 
@@ -76,8 +78,7 @@ struct ChannelAffine {
 template <class A>
 LDM_FUSED_HD ChannelAffine<A> channel_affine(const Affine& affine, int64_t n, int64_t c, A mean, A rstd) {
   const A gain = A(1) + affine.scale.load<A>(n, c, 0);
-  return {mean - affine.pre_bias.load<A>(n, c, 0),
-          rstd * affine.weight.load<A>(n, c, 1) * gain,
+  return {mean - affine.pre_bias.load<A>(n, c, 0), rstd * affine.weight.load<A>(n, c, 1) * gain,
           affine.bias.load<A>(n, c, 0) * gain + affine.shift.load<A>(n, c, 0)};
 }
 

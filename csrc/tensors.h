@@ -30,13 +30,15 @@ inline Dtype dtype_of(ScalarType type, const char* name) {
   }
 }
 
-inline ScalarType accumulate_type(ScalarType x) { return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType accumulate_type(ScalarType x) {
+  return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // The pairs (x, y) that kernels exist for: the same type twice, or float32 with a 16-bit type.
 inline void check_pair(ScalarType x, ScalarType y, const char* name) {
   const auto is_small = [](ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; };
-  STD_TORCH_CHECK(x == y || (x == ScalarType::Float && is_small(y)) || (is_small(x) && y == ScalarType::Float),
-                  name, " must be x's dtype, or one of the two float32 and the other float16 or bfloat16");
+  STD_TORCH_CHECK(x == y || (x == ScalarType::Float && is_small(y)) || (is_small(x) && y == ScalarType::Float), name,
+                  " must be x's dtype, or one of the two float32 and the other float16 or bfloat16");
 }
 
 // ---- Layout ---------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         device_type, like.get_device_index(), &handle));
+                                                  device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -102,6 +104,7 @@ inline Shape shape_of(const Tensor& x, int64_t num_groups) {
   for (int64_t axis = 2; axis < x.dim(); ++axis) shape.spatial *= x.size(axis);
   STD_TORCH_CHECK(num_groups > 0 && shape.channels % num_groups == 0, "num_groups (", num_groups,
                   ") must be positive and divide the number of channels (", shape.channels, ")");
+  STD_TORCH_CHECK(shape.channels < int64_t(1) << 31, "x must have fewer than 2^31 channels, got ", shape.channels);
   return shape;
 }
 
@@ -125,8 +128,7 @@ class Parameters {
     if (!t) return {};
     const int64_t batch = x_.size(0), channels = x_.size(1);
     const bool batched = may_be_batched && t->dim() == 2;
-    STD_TORCH_CHECK(batched ? t->size(0) == batch && t->size(1) == channels
-                            : t->dim() == 1 && t->size(0) == channels,
+    STD_TORCH_CHECK(batched ? t->size(0) == batch && t->size(1) == channels : t->dim() == 1 && t->size(0) == channels,
                     name, " must have one element a channel (", channels, ")",
                     may_be_batched ? ", or be of shape (N, C)" : "");
     STD_TORCH_CHECK(same_device(*t, x_), name, " must be on x's device");
@@ -181,8 +183,11 @@ struct BackwardCall {
   BackwardCall(const Tensor& dy_, const Tensor& input, const Tensor& mean_, const Tensor& rstd_,
                const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& pre_bias,
                const OptionalTensor& scale, const OptionalTensor& shift, const std::vector<bool>& output_mask)
-      : x(dense(input)), dy(laid_out_like(dy_, x)), mean(torch::stable::contiguous(mean_)),
-        rstd(torch::stable::contiguous(rstd_)), parameters(x, weight, bias, pre_bias, scale, shift),
+      : x(dense(input)),
+        dy(laid_out_like(dy_, x)),
+        mean(torch::stable::contiguous(mean_)),
+        rstd(torch::stable::contiguous(rstd_)),
+        parameters(x, weight, bias, pre_bias, scale, shift),
         shape(shape_of(x, mean.dim() == 2 ? mean.size(1) : 0)) {
     const ScalarType type = x.scalar_type();
     x_dtype = dtype_of(type, "x");

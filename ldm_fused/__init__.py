@@ -1,6 +1,6 @@
 """Fused GroupNorm + SiLU (swish) and ResNet blocks for latent diffusion models."""
 
-from . import functional, modules, ops, reference
+from . import ops, reference
 from .functional import group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
 

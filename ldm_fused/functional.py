@@ -148,7 +148,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     batch, channels = shape[0], shape[1]
     if batch * channels // num_groups * math.prod(shape[2:]) == 1:
-        raise ValueError(f"x must have more than 1 value per group, got shape {list(shape)} with num_groups={num_groups}")
+        raise ValueError(f"x must have more than 1 value per group, got {list(shape)} and num_groups={num_groups}")
     if channels % num_groups:
         raise RuntimeError(f"num_groups must divide the number of channels of x, got num_groups={num_groups} and shape "
                            f"{list(shape)}")

@@ -123,8 +123,11 @@ def _setup_context(ctx, inputs, output):
     save_for_backward(ctx, Arguments(*inputs), mean, rstd)
 
 
-torch.library.register_autograd("ldm_fused::group_norm_act", lambda ctx, dy, dmean, drstd: backward(ctx, dy, _needs(ctx)),
-                                setup_context=_setup_context)
+def _backward(ctx, dy, dmean, drstd):
+    return backward(ctx, dy, _needs(ctx))
+
+
+torch.library.register_autograd("ldm_fused::group_norm_act", _backward, setup_context=_setup_context)
 
 
 # ---- Fake kernels ----------------------------------------------------------------------------------------------

@@ -53,10 +53,10 @@ def group_norm_act(
 
 
 class ResnetBlock(nn.Module):
-    r"""The ResNet block of latent diffusion models, as their autoencoder writes it (Rombach et al. 2022,
-    arXiv:2112.10752)::
+    r"""The ResNet block of latent diffusion models, as their autoencoder writes it
+    (Rombach et al. 2022, arXiv:2112.10752)::
 
-        norm1 -> swish -> conv1 3x3 -> (+ temb_proj(swish(temb))) -> norm2 -> swish -> dropout -> conv2 3x3 -> + shortcut
+        norm1, swish, conv1 3x3, (+ temb_proj(swish(temb))), norm2, swish, dropout, conv2 3x3, + shortcut
 
     Args:
         in_channels: channels of the input, a multiple of ``num_groups``.

@@ -1,7 +1,6 @@
-"""The registered ops' CUDA kernels, run by the emulator on CPU tensors: the same signatures as ``torch.ops.ldm_fused``."""
+"""The ops' CUDA kernels, run by the emulator on CPU tensors: the same signatures as ``torch.ops.ldm_fused``."""
 
 import torch
-
 from emulator import build
 
 
@@ -38,8 +37,8 @@ def group_norm_act(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shif
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, rstd = (_poisoned(torch.empty(x.shape[0], num_groups, dtype=statistics)) for _ in range(2))
     _kernels().forward(_flat(x), _flat(y), _flat(mean), _flat(rstd), _sizes(x), num_groups, not x.is_contiguous(),
-                       _name(x.dtype), _name(y.dtype), _parameters(x, (weight, bias, pre_bias, scale, shift)), eps, silu,
-                       multiprocessors)
+                       _name(x.dtype), _name(y.dtype), _parameters(x, (weight, bias, pre_bias, scale, shift)), eps,
+                       silu, multiprocessors)
     return y, mean, rstd
 
 
@@ -51,8 +50,8 @@ def group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, sca
                  for t, wanted in zip(parameters, output_mask[1:])]
     dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)  # the order that x has in memory
     _kernels().backward(_flat(dy), _flat(x), _flat(mean), _flat(rstd), None if dx is None else _flat(dx), _sizes(x),
-                        mean.shape[1], not x.is_contiguous(), _name(x.dtype), _name(dy.dtype), _parameters(x, parameters),
-                        _parameters(x, gradients), silu, multiprocessors)
+                        mean.shape[1], not x.is_contiguous(), _name(x.dtype), _name(dy.dtype),
+                        _parameters(x, parameters), _parameters(x, gradients), silu, multiprocessors)
     return dx, *gradients
 
 

@@ -100,10 +100,10 @@ def oracle(case):
 
 
 def eager(case):
-    """What PyTorch's ops give: in float32 where the output is, else in x's dtype; rounded to the dtypes of the results."""
+    """What PyTorch's ops give: in float32 where the output is, else in x's dtype; then rounded as the results are."""
     results = composed(case, torch.float32 if case.out_dtype == torch.float32 else case.x.dtype)
-    dtypes = {"y": case.out_dtype or case.x.dtype, **{name: getattr(case, name).dtype for name in results if name != "y"}}
-    return {name: result.to(dtypes[name]) for name, result in results.items()}
+    dtype = {name: getattr(case, name).dtype for name in results if name != "y"}
+    return {name: result.to(dtype.get(name, case.out_dtype or case.x.dtype)) for name, result in results.items()}
 
 
 def assert_within_bound(case, results, expected=None, baseline=None):

@@ -214,6 +214,14 @@ def test_without_a_compiler_the_others_go_on(tmp_path, capsys, monkeypatch):
     assert "n/a  compile: RuntimeError: no working C++ compiler" in printed and "long story" not in printed
 
 
+def test_the_overview_ends_in_time_and_says_what_it_left_out(capsys, monkeypatch):
+    first = workloads.DEFAULT[:1] + (("op", "sd15-unet-512", (2, 1280, 8, 8)),)
+    monkeypatch.setattr(workloads, "DEFAULT", first)
+    monkeypatch.setattr("benchmarks.cases.OVERVIEW", 0)
+    assert bench_fused.main([*TINY[:-2], *UNCOMPILED, "--op", "--forward"]) == 0
+    assert "2 of 2 cases left out" in capsys.readouterr().out
+
+
 def test_too_little_memory_is_reported(capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.machine.available_bytes", lambda device: 1)
     assert bench("--op", "--forward") == 0
@@ -225,6 +233,16 @@ def test_bad_options_are_refused(options, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench(*options)
     assert stopped.value.code == 2 and options[1] in capsys.readouterr().err
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(SystemExit, match="32 channels are no multiple of 5 groups"):
+        bench("--groups", 5)
+
+
+def test_missing_folders_are_noticed_before_the_run(tmp_path):
+    with pytest.raises(SystemExit, match="no such folder"):
+        bench("--json", tmp_path / "missing" / "r.json")
 
 
 # ---- the model

@@ -25,7 +25,8 @@ def test_same_bits_in_every_thread_order(in_order, shape, num_groups, layout):
         in_order(order, seed)
         y, mean, rstd = emulated.group_norm_act(*case.arguments())
         results.append([y, mean, rstd, *emulated.group_norm_act_backward(
-            case.dy, case.x, mean, rstd, case.weight, case.bias, True, case.pre_bias, case.scale, case.shift, [True] * 6)])
+            case.dy, case.x, mean, rstd, case.weight, case.bias, True, case.pre_bias, case.scale, case.shift,
+            [True] * 6)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 

@@ -36,7 +36,8 @@ REFUSED = {
     "weight is sparse": (lambda: (x(), 2, x(4).to_sparse()), "weight", "sparse_coo"),
     "weight of another dtype": (lambda: (x(), 2, x(4, dtype=torch.float64)), "weight", "float64"),
     "16-bit weight, float32 x": (lambda: (x(), 2, x(4, dtype=torch.bfloat16)), "weight", "bfloat16"),
-    "weight of the other 16 bits": (lambda: (x(dtype=torch.float16), 2, x(4, dtype=torch.bfloat16)), "weight", "bfloat16"),
+    "weight of the other 16 bits": (
+        lambda: (x(dtype=torch.float16), 2, x(4, dtype=torch.bfloat16)), "weight", "bfloat16"),
     "float32 weight, float64 x": (lambda: (x(dtype=torch.float64), 2, x(4)), "weight", "float32"),
     "weight on another device": (lambda: (x(), 2, torch.ones(4, device="meta")), "weight", "meta"),
     "bias too short": (lambda: (x(), 2, x(4), x(3)), "bias", "[3]"),

@@ -64,8 +64,8 @@ def test_all_parameters(kernels, shape, num_groups, dtype, out_dtype, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("options", [(), ("weight",), ("bias",), ("weight", "bias"), ("scale",), ("shift",), ("pre_bias",),
-                                     ("weight", "bias", "scale", "shift")], ids="+".join)
+@pytest.mark.parametrize("options", [(), ("weight",), ("bias",), ("weight", "bias"), ("scale",), ("shift",),
+                                     ("pre_bias",), ("weight", "bias", "scale", "shift")], ids="+".join)
 def test_optional_parameters(kernels, options, silu, layout):
     case = make_case((2, 12, 5, 6), 3, layout=layout, options=options, silu=silu)
     assert_within_bound(case, run(kernels, case))

@@ -289,7 +289,8 @@ def test_wrapped_convolutions_and_replaced_dropout_are_called():
     class Adapter(nn.Module):  # as LoRA does
         def __init__(self, conv):
             super().__init__()
-            self.conv, self.down, self.up = conv, nn.Conv2d(32, 2, 1, dtype=torch.float64), nn.Conv2d(2, 32, 1, dtype=torch.float64)
+            self.conv = conv
+            self.down, self.up = nn.Conv2d(32, 2, 1).double(), nn.Conv2d(2, 32, 1).double()
 
         def forward(self, x):
             return self.conv(x) + self.up(self.down(x))
@@ -396,7 +397,8 @@ def without_dropout(block):
     (lambda: strided(PrivateCopy()), "conv1 is Conv2d"),
     (lambda: without_dropout(PrivateCopy()), "it has no dropout"),
     (lambda: nn.Linear(2, 2), "it has no norm1"),
-], ids=["preactivated", "scaled", "wrong gradient", "failing", "batch norm", "own parameter", "strided", "no dropout", "linear"])
+], ids=["preactivated", "scaled", "wrong gradient", "failing", "batch norm", "own parameter", "strided",
+        "no dropout", "linear"])
 def test_from_module_refuses_what_it_cannot_stand_in_for(make, reason):
     with pytest.raises(UnsupportedBlock, match=reason):
         FusedResnetBlock.from_module(make())

@@ -148,7 +148,7 @@ struct Forward {
   }
 
   ChannelAffine<A> channel(int64_t n, int64_t c) const {
-    const int64_t group = n * shape.groups + c / shape.channels_per_group();
+    const int64_t group = shape.group(n, c);
     return channel_affine<A>(affine, n, c, mean[group], rstd[group]);
   }
 
@@ -236,7 +236,7 @@ struct Backward {
   const Kernels<X, Y>& kernel = kernels<X, Y>();
 
   ChannelAffine<A> channel(int64_t n, int64_t c) const {
-    const int64_t group = n * shape.groups + c / shape.channels_per_group();
+    const int64_t group = shape.group(n, c);
     return channel_affine<A>(affine, n, c, mean[group], rstd[group]);
   }
 
@@ -266,8 +266,8 @@ struct Backward {
         [&](int64_t group, int64_t unit) {
           const int64_t row = group * channels + unit / chunks.count, k = unit % chunks.count;
           const int64_t at = row * shape.spatial + chunks.begin(k);
-          partials[group * units + unit] = kernel.row_sums(
-              x + at, dy + at, chunks.extent(k), channel(row / shape.channels, row % shape.channels), silu);
+          partials[group * units + unit] = kernel.row_sums(x + at, dy + at, chunks.extent(k),
+                                                           channel(row / shape.channels, row % shape.channels), silu);
         },
         [&](int64_t group) {
           for (int64_t row = group * channels; row < (group + 1) * channels; ++row) {
@@ -313,7 +313,7 @@ struct Backward {
           }
           for (int64_t g = 0; g < shape.groups; ++g) project(n, g);
           for (int64_t c = 0; c < channels; ++c) {
-            const Projection<A>& projection = projections[n * shape.groups + c / shape.channels_per_group()];
+            const Projection<A>& projection = projections[shape.group(n, c)];
             k1[n * channels + c] = projection.k1;
             k2[n * channels + c] = projection.k2;
           }
@@ -333,7 +333,7 @@ struct Backward {
       ParameterGradients<A> sums[kBlock]{};
       for (int64_t n = 0; n < shape.batch; ++n) {
         for (int64_t c = first; c < last; ++c) {
-          const int64_t group = n * shape.groups + c / shape.channels_per_group();
+          const int64_t group = shape.group(n, c);
           sums[c - first].add(affine, gradients, shape, n, c, rstd[group], projections[group],
                               totals[n * shape.channels + c]);
         }
@@ -345,10 +345,10 @@ struct Backward {
 
 // ---- Ops ------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act(
-    const Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-    bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale, const OptionalTensor& shift,
-    std::optional<ScalarType> out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, double eps, bool silu,
+                                                  const OptionalTensor& pre_bias, const OptionalTensor& scale,
+                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype) {
   ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
   if (!call.is_empty()) {
     dispatch_pair(call.x_dtype, call.y_dtype, [&](auto x_type, auto y_type) {

@@ -162,7 +162,8 @@ LDM_FUSED_INLINE void apply_run(const X* x, Y* y, int64_t n, Source center, Sour
     store(y + i, Silu ? silu_of(u) : u);
   }
   if (const int rest = int(n - i)) {
-    const Vector<A> u = (load_part<X>(x + i, rest, 0) - center.part(i, rest)) * slope.part(i, rest) + offset.part(i, rest);
+    const Vector<A> u =
+        (load_part<X>(x + i, rest, 0) - center.part(i, rest)) * slope.part(i, rest) + offset.part(i, rest);
     store_part<Y>(y + i, Silu ? silu_of(u) : u, rest);
   }
 }

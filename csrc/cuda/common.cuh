@@ -123,11 +123,11 @@ __device__ __forceinline__ void merge_rows(T (&rows)[V][kThreads]) {
 
 // The part of the tensor that a thread works on; Tiling says how the tensor is cut.
 struct Unit {
-  int64_t n;               // sample
-  int64_t c;               // channel, or the first of the thread's `vector` channels
-  int64_t chunk;           // index of the chunk
-  int64_t first;           // offset of the channel's element 0 from the tensor's start
-  int64_t begin, end;      // elements of the channel: this thread takes begin, begin + step, ...
+  int64_t n;           // sample
+  int64_t c;           // channel, or the first of the thread's `vector` channels
+  int64_t chunk;       // index of the chunk
+  int64_t first;       // offset of the channel's element 0 from the tensor's start
+  int64_t begin, end;  // elements of the channel: this thread takes begin, begin + step, ...
   int64_t step;
   bool exists;
 };

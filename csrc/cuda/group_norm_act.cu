@@ -33,12 +33,14 @@ Device device_of(const Tensor& t) {
 bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
 
 // Allocated on the current stream and freed in its order: safe under graph capture and on concurrent streams.
-Tensor workspace(int64_t elements, const Tensor& like) { return empty({elements}, accumulate_type(like.scalar_type()), like); }
+Tensor workspace(int64_t elements, const Tensor& like) {
+  return empty({elements}, accumulate_type(like.scalar_type()), like);
+}
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act(
-    const Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-    bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale, const OptionalTensor& shift,
-    std::optional<ScalarType> out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, double eps, bool silu,
+                                                  const OptionalTensor& pre_bias, const OptionalTensor& scale,
+                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
   if (call.is_empty()) return {call.y, call.mean, call.rstd};

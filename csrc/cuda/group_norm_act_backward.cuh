@@ -11,19 +11,19 @@
 namespace ldm_fused {
 
 struct BackwardParams {
-  const void* dy;    // in, dtype Y
-  const void* x;     // in, dtype X, same layout
-  const void* mean;  // in, (N, G) of Accumulate<X>
-  const void* rstd;  // in, (N, G) of Accumulate<X>
-  void* dx;          // out, dtype X, same layout; null: not wanted
-  void* partials;    // workspace, partials_of() times `sums` of Accumulate<X>: GradientSums of a channel's chunk
-  void* totals;      // workspace, (N, C) times `sums` of Accumulate<X>: GradientSums of a channel
-  void* projections; // workspace, (N, G) of Projection<Accumulate<X>>
-  Affine affine;     // in
+  const void* dy;       // in, dtype Y
+  const void* x;        // in, dtype X, same layout
+  const void* mean;     // in, (N, G) of Accumulate<X>
+  const void* rstd;     // in, (N, G) of Accumulate<X>
+  void* dx;             // out, dtype X, same layout; null: not wanted
+  void* partials;       // workspace, partials_of() times `sums` of Accumulate<X>: GradientSums of a channel's chunk
+  void* totals;         // workspace, (N, C) times `sums` of Accumulate<X>: GradientSums of a channel
+  void* projections;    // workspace, (N, G) of Projection<Accumulate<X>>
+  Affine affine;        // in
   Gradients gradients;  // out
   Shape shape;
   Tiling reduce, apply;
-  int sums;          // 2, or 3 where dpre_bias is wanted
+  int sums;  // 2, or 3 where dpre_bias is wanted
   bool silu;
 };
 
@@ -43,14 +43,13 @@ __device__ __forceinline__ void store_sums(void* array, int64_t index, int sums,
 
 template <class A>
 __device__ __forceinline__ ChannelAffine<A> load_affine(const BackwardParams& p, int64_t n, int64_t c) {
-  const int64_t group = n * p.shape.groups + c / p.shape.channels_per_group();
-  return channel_affine<A>(p.affine, n, c, static_cast<const A*>(p.mean)[group],
-                           static_cast<const A*>(p.rstd)[group]);
+  const int64_t group = p.shape.group(n, c);
+  return channel_affine<A>(p.affine, n, c, static_cast<const A*>(p.mean)[group], static_cast<const A*>(p.rstd)[group]);
 }
 
 template <class A>
 __device__ __forceinline__ Projection<A> load_projection(const BackwardParams& p, int64_t n, int64_t c) {
-  const int64_t group = n * p.shape.groups + c / p.shape.channels_per_group();
+  const int64_t group = p.shape.group(n, c);
   return static_cast<const Projection<A>*>(p.projections)[group];
 }
 
@@ -61,7 +60,8 @@ __device__ __forceinline__ A gradient_of_affine(const ChannelAffine<A>& affine, 
 }
 
 template <bool Fast, class A>
-__device__ __forceinline__ void accumulate(GradientSums<A>& sums, const ChannelAffine<A>& affine, A x, A dy, bool silu) {
+__device__ __forceinline__ void accumulate(GradientSums<A>& sums, const ChannelAffine<A>& affine, A x, A dy,
+                                           bool silu) {
   const A dz = gradient_of_affine<Fast>(affine, x, dy, silu);
   sums.dz += dz;
   sums.dz_x += dz * (x - affine.center);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
 // channel and the group's k1 and k2.
 template <class A>
 __global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
-  const int64_t n = blockIdx.x / p.shape.groups, g = blockIdx.x % p.shape.groups;
+  const uint32_t n = blockIdx.x / uint32_t(p.shape.groups), g = blockIdx.x % uint32_t(p.shape.groups);
   const int64_t channels = p.shape.channels_per_group();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   GradientSums<A> group{};
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) parameter_gradients(BackwardParams p
   if (c >= p.shape.channels) return;
   ParameterGradients<A> sum{};
   for (int64_t n = 0; n < p.shape.batch; ++n) {
-    const int64_t group = n * p.shape.groups + c / p.shape.channels_per_group();
+    const int64_t group = p.shape.group(n, c);
     sum.add(p.affine, p.gradients, p.shape, n, c, static_cast<const A*>(p.rstd)[group],
             static_cast<const Projection<A>*>(p.projections)[group],
             load_sums<A>(p.totals, n * p.shape.channels + c, p.sums));
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) parameter_gradients(BackwardParams p
 
 // dx = slope * dz - k1 - k2 * (x - center)
 template <class X, class A>
-__device__ __forceinline__ X input_gradient(const ChannelAffine<A>& affine, const Projection<A>& projection, A x,
-                                            A dy, bool silu) {
+__device__ __forceinline__ X input_gradient(const ChannelAffine<A>& affine, const Projection<A>& projection, A x, A dy,
+                                            bool silu) {
   const A dz = gradient_of_affine<kFast<X>>(affine, x, dy, silu);
   return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center));
 }

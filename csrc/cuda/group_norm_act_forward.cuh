@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(ForwardParams p) {
 template <class X, int V>
 __global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) {
   using A = Accumulate<X>;
+  constexpr int kInFlight = sizeof(A) == 8 ? kVectorsInFlight / 2 : kVectorsInFlight;  // double's division is a call
   const Unit unit = column_unit(p.shape, p.reduce);
   const X* x = static_cast<const X*>(p.x) + unit.first;
   A shift[V];
@@ -89,15 +90,15 @@ __global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) 
     for (int e = 0; e < V; ++e) shift[e] = widen(v.e[e]);
   }
   int64_t pixel = unit.begin;
-  for (; pixel + (kVectorsInFlight - 1) * unit.step < unit.end; pixel += kVectorsInFlight * unit.step) {
-    Vec<X, V> v[kVectorsInFlight];
+  for (; pixel + (kInFlight - 1) * unit.step < unit.end; pixel += kInFlight * unit.step) {
+    Vec<X, V> v[kInFlight];
 #pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) v[k] = load<X, V>(x + (pixel + k * unit.step) * p.shape.channels);
+    for (int k = 0; k < kInFlight; ++k) v[k] = load<X, V>(x + (pixel + k * unit.step) * p.shape.channels);
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      A values[kVectorsInFlight];
+      A values[kInFlight];
 #pragma unroll
-      for (int k = 0; k < kVectorsInFlight; ++k) values[k] = widen(v[k].e[e]) - shift[e];
+      for (int k = 0; k < kInFlight; ++k) values[k] = widen(v[k].e[e]) - shift[e];
       moments[e].add(values);
     }
   }
@@ -128,14 +129,15 @@ __global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) 
 // Small: one block a group merges the partial moments of its channels and chunks, in a fixed order.
 template <class A>
 __global__ void __launch_bounds__(kThreads) merge_statistics(ForwardParams p) {
-  const int64_t n = blockIdx.x / p.shape.groups, g = blockIdx.x % p.shape.groups;
-  const int64_t channels = p.shape.channels_per_group(), c0 = g * channels;
+  const uint32_t n = blockIdx.x / uint32_t(p.shape.groups), g = blockIdx.x % uint32_t(p.shape.groups);
+  const uint32_t channels = p.shape.channels_per_group(), chunks = uint32_t(p.reduce.chunks);
+  const int64_t c0 = int64_t(g) * channels;
   const A* partials = static_cast<const A*>(p.partials);
   const A shift = partials[2 * partial_index(p.shape, p.reduce, n, c0, 0)];
   Moments<A> moments{};
-  for (int64_t i = threadIdx.x; i < channels * p.reduce.chunks; i += blockDim.x) {
-    const int64_t c = p.reduce.columns ? i % channels : i / p.reduce.chunks;
-    const int64_t k = p.reduce.columns ? i / channels : i % p.reduce.chunks;
+  for (uint32_t i = threadIdx.x; i < channels * chunks; i += blockDim.x) {
+    const uint32_t c = p.reduce.columns ? i % channels : i / chunks;
+    const uint32_t k = p.reduce.columns ? i / channels : i % chunks;
     const A* partial = partials + 2 * partial_index(p.shape, p.reduce, n, c0 + c, k);
     const A count = A(min(p.reduce.chunk, p.shape.spatial - k * p.reduce.chunk));
     moments.merge({count, partial[0] - shift + p.affine.pre_bias.load<A>(n, c0 + c, 0), partial[1]});
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
   if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
   Y* y = static_cast<Y*>(p.y) + unit.first;
-  const int64_t group = unit.n * p.shape.groups + unit.c / p.shape.channels_per_group();
+  const int64_t group = p.shape.group(unit.n, unit.c);
   const auto affine = channel_affine<A>(p.affine, unit.n, unit.c, static_cast<const A*>(p.mean)[group],
                                         static_cast<const A*>(p.rstd)[group]);
   for (int64_t i = unit.begin; i < unit.end; i += kVectorsInFlight * unit.step) {
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
   ChannelAffine<A> affine[V];
 #pragma unroll
   for (int e = 0; e < V; ++e) {
-    const int64_t group = unit.n * p.shape.groups + (unit.c + e) / p.shape.channels_per_group();
+    const int64_t group = p.shape.group(unit.n, unit.c + e);
     affine[e] = channel_affine<A>(p.affine, unit.n, unit.c + e, static_cast<const A*>(p.mean)[group],
                                   static_cast<const A*>(p.rstd)[group]);
   }

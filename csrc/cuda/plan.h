@@ -21,15 +21,15 @@ struct Device {
 };
 
 struct Tiling {
-  bool columns;     // the layout, see above
-  int vector;       // consecutive elements a thread moves at once: 16 bytes of them, or 1 where they are not aligned
-  int team;         // rows: threads sharing a unit, a power of two up to 32, or the whole block
-  int block_x;      // rows: threads of a block; columns: vectors of channels side by side
-  int block_y;      // columns: pixels one below the other
-  int64_t chunk;    // elements of a channel in one unit
-  int64_t chunks;   // units covering a channel
+  bool columns;    // the layout, see above
+  int vector;      // consecutive elements a thread moves at once: 16 bytes of them, or 1 where they are not aligned
+  int team;        // rows: threads sharing a unit, a power of two up to 32, or the whole block
+  int block_x;     // rows: threads of a block; columns: vectors of channels side by side
+  int block_y;     // columns: pixels one below the other
+  int64_t chunk;   // elements of a channel in one unit
+  int64_t chunks;  // units covering a channel
   int64_t grid_x;
-  int grid_y;       // columns: blocks side by side that cover all channels
+  int grid_y;  // columns: blocks side by side that cover all channels
 };
 
 struct Plan {
@@ -37,11 +37,11 @@ struct Plan {
   int64_t bytes_read, bytes_written;  // predicted traffic of all launches, the small ones included
 };
 
-constexpr int kThreads = 256;          // of a streaming block
-constexpr int kVectorsInFlight = 4;    // loads a thread issues before it uses the first one
-constexpr int kBlocksPerProcessor = 8; // 8 x 256 threads fill a multiprocessor
-constexpr int kEnoughBlocks = 2;       // a multiprocessor: below that, more blocks are worth more partial results
-constexpr int kPixelsPerPartial = 32;  // of a channels_last chunk, which keep its partial results below 9 % of traffic
+constexpr int kThreads = 256;           // of a streaming block
+constexpr int kVectorsInFlight = 4;     // loads a thread issues before it uses the first one
+constexpr int kBlocksPerProcessor = 8;  // 8 x 256 threads fill a multiprocessor
+constexpr int kEnoughBlocks = 2;        // a multiprocessor: below that, more blocks are worth more partial results
+constexpr int kPixelsPerPartial = 32;   // of a channels_last chunk, which keep its partial results below 9 % of traffic
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

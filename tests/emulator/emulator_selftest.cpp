@@ -60,18 +60,10 @@ template <class T>
 __global__ void shuffle(Shuffle kind, const T* in, T* out, int by, int width) {
   const T value = in[threadIdx.x];
   switch (kind) {
-    case indexed:
-      out[threadIdx.x] = __shfl_sync(0xffffffffu, value, by, width);
-      break;
-    case up:
-      out[threadIdx.x] = __shfl_up_sync(0xffffffffu, value, by, width);
-      break;
-    case down:
-      out[threadIdx.x] = __shfl_down_sync(0xffffffffu, value, by, width);
-      break;
-    case exclusive_or:
-      out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, value, by, width);
-      break;
+    case indexed: out[threadIdx.x] = __shfl_sync(0xffffffffu, value, by, width); break;
+    case up: out[threadIdx.x] = __shfl_up_sync(0xffffffffu, value, by, width); break;
+    case down: out[threadIdx.x] = __shfl_down_sync(0xffffffffu, value, by, width); break;
+    case exclusive_or: out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, value, by, width); break;
   }
 }
 
