@@ -86,13 +86,18 @@ void two_passes(int64_t parts, int64_t part_elements, int64_t first_units, int64
   }
 }
 
-// A run of `length` elements cut into chunks.
+// A run of `length` elements cut into chunks. Units of work are the chunks of one run after the other.
 struct Chunks {
+  struct Place {
+    int64_t run, chunk;
+  };
+
   int64_t length, size, count;
 
   explicit Chunks(int64_t length, int64_t size = kChunk) : length(length), size(size), count(ceil_div(length, size)) {}
   int64_t begin(int64_t k) const { return k * size; }
   int64_t extent(int64_t k) const { return std::min(size, length - k * size); }
+  Place place(int64_t unit) const { return count == 1 ? Place{unit, 0} : Place{unit / count, unit % count}; }
 };
 
 // A float sum that goes on for longer than this loses digits: chunks of sums are this long, and added up in double.
@@ -159,25 +164,29 @@ struct Forward {
     const Chunks statistics(group_size / runs), apply(shape.spatial);
     const int64_t units = runs * statistics.count;
     std::vector<Moments> partials(shape.batch * shape.groups * units);
+    std::vector<ChannelAffine<A>> affines(shape.rows());
     two_passes(
         shape.batch * shape.groups, group_size, units, channels * apply.count,
         [&](int64_t group, int64_t unit) {
-          const int64_t run = unit / statistics.count, k = unit % statistics.count;
-          Moments moments = kernel.row_moments(x + group * group_size + run * statistics.length + statistics.begin(k),
-                                               statistics.extent(k));
-          const int64_t n = group / shape.groups, c = group % shape.groups * channels + run;
-          moments.mean += affine.pre_bias.load<A>(n, c, 0);
-          partials[group * units + unit] = moments;
+          const auto [run, k] = statistics.place(unit);
+          partials[group * units + unit] = kernel.row_moments(
+              x + group * group_size + run * statistics.length + statistics.begin(k), statistics.extent(k));
         },
         [&](int64_t group) {
-          Moments moments{};
-          for (int64_t unit = 0; unit < units; ++unit) moments.merge(partials[group * units + unit]);
-          store_statistics(group, moments);
+          const int64_t n = group / shape.groups, c0 = group % shape.groups * channels;
+          Moments sum{};
+          for (int64_t unit = 0; unit < units; ++unit) {
+            Moments moments = partials[group * units + unit];
+            moments.mean += affine.pre_bias.load<A>(n, c0 + statistics.place(unit).run, 0);
+            sum.merge(moments);
+          }
+          store_statistics(group, sum);
+          for (int64_t c = 0; c < channels; ++c) affines[group * channels + c] = channel(n, c0 + c);
         },
         [&](int64_t group, int64_t unit) {
-          const int64_t row = group * channels + unit / apply.count, k = unit % apply.count;
-          const int64_t at = row * shape.spatial + apply.begin(k);
-          kernel.row_apply(x + at, y + at, apply.extent(k), channel(row / shape.channels, row % shape.channels), silu);
+          const auto [channel, k] = apply.place(unit);
+          const int64_t row = group * channels + channel, at = row * shape.spatial + apply.begin(k);
+          kernel.row_apply(x + at, y + at, apply.extent(k), affines[row], silu);
         });
   }
 
@@ -261,13 +270,17 @@ struct Backward {
     const Chunks chunks(shape.spatial, 8 * kLongestSum);  // 8 lanes
     const int64_t units = channels * chunks.count;
     std::vector<GradientSums<double>> partials(shape.rows() * chunks.count);
+    std::vector<ChannelAffine<A>> affines(shape.rows());
+    parallel_over(shape.batch * shape.groups, channels, [&](int64_t group) {
+      const int64_t n = group / shape.groups, c0 = group % shape.groups * channels;
+      for (int64_t c = 0; c < channels; ++c) affines[group * channels + c] = channel(n, c0 + c);
+    });
     two_passes(
         shape.batch * shape.groups, channels * shape.spatial, units, dx ? units : 0,
         [&](int64_t group, int64_t unit) {
-          const int64_t row = group * channels + unit / chunks.count, k = unit % chunks.count;
-          const int64_t at = row * shape.spatial + chunks.begin(k);
-          partials[group * units + unit] = kernel.row_sums(x + at, dy + at, chunks.extent(k),
-                                                           channel(row / shape.channels, row % shape.channels), silu);
+          const auto [channel, k] = chunks.place(unit);
+          const int64_t row = group * channels + channel, at = row * shape.spatial + chunks.begin(k);
+          partials[group * units + unit] = kernel.row_sums(x + at, dy + at, chunks.extent(k), affines[row], silu);
         },
         [&](int64_t group) {
           for (int64_t row = group * channels; row < (group + 1) * channels; ++row) {
@@ -278,10 +291,9 @@ struct Backward {
           project(group / shape.groups, group % shape.groups);
         },
         [&](int64_t group, int64_t unit) {
-          const int64_t row = group * channels + unit / chunks.count, k = unit % chunks.count;
-          const int64_t at = row * shape.spatial + chunks.begin(k);
-          kernel.row_input_gradient(x + at, dy + at, dx + at, chunks.extent(k),
-                                    channel(row / shape.channels, row % shape.channels), projections[group], silu);
+          const auto [channel, k] = chunks.place(unit);
+          const int64_t row = group * channels + channel, at = row * shape.spatial + chunks.begin(k);
+          kernel.row_input_gradient(x + at, dy + at, dx + at, chunks.extent(k), affines[row], projections[group], silu);
         });
   }
 

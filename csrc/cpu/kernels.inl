@@ -38,7 +38,11 @@ LDM_FUSED_INLINE FloatVector load(const float* from) { return read<FloatVector>(
 LDM_FUSED_INLINE Vector<double> load(const double* from) { return read<Vector<double>>(from); }
 
 LDM_FUSED_INLINE FloatVector load(const BFloat16* from) {
+#if LDM_FUSED_VECTOR_BYTES == 32  // GCC widens a convertvector in two halves
+  return (FloatVector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16);
+#else
   return (FloatVector)(__builtin_convertvector(read<ShortVector>(from), IntVector) << 16);
+#endif
 }
 
 LDM_FUSED_INLINE FloatVector load(const Half* from) {
@@ -86,9 +90,10 @@ LDM_FUSED_INLINE void store_part(T* to, Vector<Accumulate<T>> v, int count) {
 
 template <class A>
 LDM_FUSED_INLINE A sum_of(Vector<A> v) {
-  A sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
-  return sum;
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
 }
 
 // ---- Activation -----------------------------------------------------------------------------------------------
