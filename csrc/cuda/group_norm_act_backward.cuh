@@ -78,24 +78,12 @@ __global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
     const X* x = static_cast<const X*>(p.x) + unit.first;
     const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
     const auto affine = load_affine<A>(p, unit.n, unit.c);
-    for (int64_t i = unit.begin; i < unit.end; i += kVectorsInFlight * unit.step) {
-      Vec<X, V> vx[kVectorsInFlight];
-      Vec<Y, V> vdy[kVectorsInFlight];
+    stream<V>(unit, 1, x, dy, [&](int64_t, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
 #pragma unroll
-      for (int k = 0; k < kVectorsInFlight; ++k) {
-        const int64_t at = i + k * unit.step;
-        if (at < unit.end) vx[k] = load<X, V>(x + at);
-        if (at < unit.end) vdy[k] = load<Y, V>(dy + at);
+      for (int e = 0; e < V; ++e) {
+        accumulate<kFast<X>>(sums, affine, A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
       }
-#pragma unroll
-      for (int k = 0; k < kVectorsInFlight; ++k) {
-        if (i + k * unit.step >= unit.end) break;
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          accumulate<kFast<X>>(sums, affine, A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
-        }
-      }
-    }
+    });
   }
   sums = team_reduce(sums, p.reduce.team);
   if (unit.exists && threadIdx.x % p.reduce.team == 0) {
@@ -107,7 +95,6 @@ __global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
 template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
   using A = Accumulate<X>;
-  constexpr int kInFlight = kVectorsInFlight / 2;  // of x and of dy, so that a thread's channels fit its registers
   const Unit unit = column_unit(p.shape, p.reduce);
   const X* x = static_cast<const X*>(p.x) + unit.first;
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
@@ -117,24 +104,12 @@ __global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
 #pragma unroll
     for (int e = 0; e < V; ++e) affine[e] = load_affine<A>(p, unit.n, unit.c + e);
   }
-  for (int64_t pixel = unit.begin; pixel < unit.end; pixel += kInFlight * unit.step) {
-    Vec<X, V> vx[kInFlight];
-    Vec<Y, V> vdy[kInFlight];
+  stream<V>(unit, p.shape.channels, x, dy, [&](int64_t, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = pixel + k * unit.step;
-      if (at < unit.end) vx[k] = load<X, V>(x + at * p.shape.channels);
-      if (at < unit.end) vdy[k] = load<Y, V>(dy + at * p.shape.channels);
+    for (int e = 0; e < V; ++e) {
+      accumulate<kFast<X>>(sums[e], affine[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
     }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (pixel + k * unit.step >= unit.end) break;
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        accumulate<kFast<X>>(sums[e], affine[e], A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
-      }
-    }
-  }
+  });
 
   __shared__ GradientSums<A> rows[V][kThreads];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -205,7 +180,6 @@ __device__ __forceinline__ X input_gradient(const ChannelAffine<A>& affine, cons
 template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p) {
   using A = Accumulate<X>;
-  constexpr int kInFlight = kVectorsInFlight / 2;  // of x and of dy
   const Unit unit = row_unit(p.shape, p.apply, /*reverse=*/true);
   if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
@@ -213,34 +187,20 @@ __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p
   X* dx = static_cast<X*>(p.dx) + unit.first;
   const auto affine = load_affine<A>(p, unit.n, unit.c);
   const auto projection = load_projection<A>(p, unit.n, unit.c);
-  for (int64_t i = unit.begin; i < unit.end; i += kInFlight * unit.step) {
-    Vec<X, V> vx[kInFlight];
-    Vec<Y, V> vdy[kInFlight];
+  stream<V>(unit, 1, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+    Vec<X, V> out;
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = i + k * unit.step;
-      if (at < unit.end) vx[k] = load<X, V>(x + at);
-      if (at < unit.end) vdy[k] = load<Y, V>(dy + at);
+    for (int e = 0; e < V; ++e) {
+      out.e[e] = input_gradient<X>(affine, projection, A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
     }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = i + k * unit.step;
-      if (at >= unit.end) break;
-      Vec<X, V> out;
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        out.e[e] = input_gradient<X>(affine, projection, A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
-      }
-      store(dx + at, out);
-    }
-  }
+    store(dx + at, out);
+  });
 }
 
 // Reads x and dy once, writes dx once.
 template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParams p) {
   using A = Accumulate<X>;
-  constexpr int kInFlight = kVectorsInFlight / 2;  // of x and of dy
   const Unit unit = column_unit(p.shape, p.apply, /*reverse=*/true);
   if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
@@ -253,27 +213,14 @@ __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParam
     affine[e] = load_affine<A>(p, unit.n, unit.c + e);
     projection[e] = load_projection<A>(p, unit.n, unit.c + e);
   }
-  for (int64_t pixel = unit.begin; pixel < unit.end; pixel += kInFlight * unit.step) {
-    Vec<X, V> vx[kInFlight];
-    Vec<Y, V> vdy[kInFlight];
+  stream<V>(unit, p.shape.channels, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+    Vec<X, V> out;
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = pixel + k * unit.step;
-      if (at < unit.end) vx[k] = load<X, V>(x + at * p.shape.channels);
-      if (at < unit.end) vdy[k] = load<Y, V>(dy + at * p.shape.channels);
+    for (int e = 0; e < V; ++e) {
+      out.e[e] = input_gradient<X>(affine[e], projection[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
     }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = pixel + k * unit.step;
-      if (at >= unit.end) break;
-      Vec<X, V> out;
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        out.e[e] = input_gradient<X>(affine[e], projection[e], A(widen(vx[k].e[e])), A(widen(vdy[k].e[e])), p.silu);
-      }
-      store(dx + at * p.shape.channels, out);
-    }
-  }
+    store(dx + at, out);
+  });
 }
 
 // ---- Launching ------------------------------------------------------------------------------------------------

@@ -166,21 +166,12 @@ __global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
   const int64_t group = p.shape.group(unit.n, unit.c);
   const auto affine = channel_affine<A>(p.affine, unit.n, unit.c, static_cast<const A*>(p.mean)[group],
                                         static_cast<const A*>(p.rstd)[group]);
-  for (int64_t i = unit.begin; i < unit.end; i += kVectorsInFlight * unit.step) {
-    Vec<X, V> in[kVectorsInFlight];
+  stream<V>(unit, 1, x, [&](int64_t at, const Vec<X, V>& in) {
+    Vec<Y, V> out;
 #pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) {
-      if (i + k * unit.step < unit.end) in[k] = load<X, V>(x + i + k * unit.step);
-    }
-#pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) {
-      if (i + k * unit.step >= unit.end) break;
-      Vec<Y, V> out;
-#pragma unroll
-      for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine, A(widen(in[k].e[e])), p.silu);
-      store(y + i + k * unit.step, out);
-    }
-  }
+    for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine, A(widen(in.e[e])), p.silu);
+    store(y + at, out);
+  });
 }
 
 // Reads x once, writes y once.
@@ -198,23 +189,12 @@ __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
     affine[e] = channel_affine<A>(p.affine, unit.n, unit.c + e, static_cast<const A*>(p.mean)[group],
                                   static_cast<const A*>(p.rstd)[group]);
   }
-  for (int64_t pixel = unit.begin; pixel < unit.end; pixel += kVectorsInFlight * unit.step) {
-    Vec<X, V> in[kVectorsInFlight];
+  stream<V>(unit, p.shape.channels, x, [&](int64_t at, const Vec<X, V>& in) {
+    Vec<Y, V> out;
 #pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) {
-      const int64_t at = pixel + k * unit.step;
-      if (at < unit.end) in[k] = load<X, V>(x + at * p.shape.channels);
-    }
-#pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) {
-      const int64_t at = pixel + k * unit.step;
-      if (at >= unit.end) break;
-      Vec<Y, V> out;
-#pragma unroll
-      for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[e], A(widen(in[k].e[e])), p.silu);
-      store(y + at * p.shape.channels, out);
-    }
-  }
+    for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[e], A(widen(in.e[e])), p.silu);
+    store(y + at, out);
+  });
 }
 
 // ---- Launching ------------------------------------------------------------------------------------------------
