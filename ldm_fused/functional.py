@@ -141,7 +141,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
     if dtype not in _DTYPES:
         raise NotImplementedError(f"x must be float32, float16, bfloat16 or float64, got {dtype}")
     if x.layout is not torch.strided:
-        raise RuntimeError(f"x must be a strided tensor, got layout {x.layout}")
+        raise NotImplementedError(f"x must be a strided tensor, got layout {x.layout}")
     if type(num_groups) is not int and not isinstance(num_groups, torch.SymInt):
         num_groups = _integer(num_groups)
     if num_groups < 1:
@@ -168,6 +168,8 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
         _check_parameter(scale, "scale", dtype, device, None, (batch, channels))
     if shift is not None:
         _check_parameter(shift, "shift", dtype, device, None, (batch, channels))
+    if 0 in shape:  # torch releases differ in which empty tensors they refuse
+        F.group_norm(x, num_groups, weight, bias, eps)
     return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
 
 
@@ -184,7 +186,7 @@ def _check_parameter(t, name, dtype, device, shape, batched_shape):
     if t.device != device:
         raise RuntimeError(f"{name} must be on x's device {device}, got {t.device}")
     if t.layout is not torch.strided:
-        raise RuntimeError(f"{name} must be a strided tensor, got layout {t.layout}")
+        raise NotImplementedError(f"{name} must be a strided tensor, got layout {t.layout}")
 
 
 def _integer(num_groups):

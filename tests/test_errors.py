@@ -59,7 +59,8 @@ def test_refused_as_by_group_norm(name):
     for op in (ldm_fused.group_norm_silu, ldm_fused.group_norm_act):
         with pytest.raises(Exception) as ours:
             op(*arguments)
-        assert type(ours.value) is type(theirs.value), theirs.value
+        # What catches theirs catches ours; torch releases differ between RuntimeError and its NotImplementedError.
+        assert isinstance(ours.value, type(theirs.value)), theirs.value
         message = str(ours.value)
         assert message.startswith(argument) and value in message and ("must" in message), message
 
@@ -113,7 +114,12 @@ ACCEPTED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_as_by_group_norm(name):
     arguments = ACCEPTED[name]()
-    expected = F.silu(F.group_norm(*arguments))
+    try:
+        expected = F.silu(F.group_norm(*arguments))
+    except RuntimeError:  # from torch 2.14 on, some empty tensors
+        with pytest.raises(RuntimeError):
+            ldm_fused.group_norm_silu(*arguments)
+        return
     result = ldm_fused.group_norm_silu(*arguments)
     torch.testing.assert_close(result, expected, equal_nan=True)
     assert result.is_contiguous() == expected.is_contiguous()
