@@ -51,6 +51,13 @@ class Arguments(NamedTuple):
         """What has a gradient, in the order of the backward op's outputs."""
         return self.x, self.weight, self.bias, self.pre_bias, self.scale, self.shift
 
+    @property
+    def requires_grad(self):
+        for t in self.tensors:  # a loop, which is the cheapest way to ask in every call
+            if t is not None and t.requires_grad:
+                return True
+        return False
+
     def gradients(self, dx, dweight, dbias, dpre_bias, dscale, dshift):
         """A gradient for each argument, as autograd wants them."""
         return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None

@@ -22,7 +22,7 @@ SHAPES = [
     ((2, 33, 31), 1),
     ((1, 8, 3, 10, 11), 2),
     ((1, 8, 2, 64, 64), 4),
-    ((300, 4, 3), 2),
+    ((40, 4, 3), 2),
     ((1, 4, 65, 129), 2),
     ((1, 2, 16385), 2),
     ((1, 24, 37, 41), 3),
@@ -82,6 +82,12 @@ def test_pre_bias_of_one_sample_for_all(kernels, layout):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_parameters_beside_a_16_bit_input(kernels, dtype):
     case = make_case((2, 20, 9, 4), 2, dtype, parameter_dtype=torch.float32)
+    assert_within_bound(case, run(kernels, case))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_thousand_samples(kernels, layout):
+    case = make_case((1024, 4, 2, 2), 2, torch.bfloat16, layout)
     assert_within_bound(case, run(kernels, case))
 
 
