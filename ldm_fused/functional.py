@@ -99,7 +99,7 @@ def run(a: ops.Arguments) -> Tensor:
         return ops.composed(a)  # an op with an autograd formula alone would give zero tangents
     if torch.compiler.is_compiling():
         return ops.group_norm_act(*a)[0]
-    if torch.is_grad_enabled() and a.requires_grad:
+    if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
         return ops.GroupNormAct.apply(*a)
     return ops.below_autograd(*a)[0]
 

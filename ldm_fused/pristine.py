@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 _FORWARD = {cls: cls.forward for cls in (nn.GroupNorm, nn.Conv2d, nn.Dropout, nn.Linear)}
-_CALL = nn.Module.__call__
+_CALL = nn.Module.__call__, nn.Module._call_impl
 
 
 def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
@@ -21,12 +21,11 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
     """
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
-    if cls.forward is not _FORWARD[cls] or cls.__call__ is not _CALL:
+    if cls.forward is not _FORWARD[cls] or (cls.__call__, cls._call_impl) != _CALL:
         return f"{cls.__name__}.forward is replaced"
-    if "forward" in module.__dict__:
-        return "its forward is replaced"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks"
+    reason = why_not_instance(module)
+    if reason is not None:
+        return reason
     if (_module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks
             or _module._global_backward_pre_hooks):
         return "there are global module hooks"
@@ -34,6 +33,15 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device != device:
                 return f"its {name} is on {parameter.device} and the input on {device}"
+    return None
+
+
+def why_not_instance(module: nn.Module) -> Optional[str]:
+    """The reason why calling ``module`` does more than its class's forward does, or None."""
+    if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
+        return "its forward is replaced"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
     return None
 
 

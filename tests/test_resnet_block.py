@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import threading
 
 import pytest
 import torch
@@ -344,6 +345,26 @@ class WrongGradient(PrivateCopy):
         return super().forward(x, temb).detach() + (x - x.detach())
 
 
+class DropoutLast(PrivateCopy):
+    def forward(self, x, temb=None):
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        return x + self.dropout(self.conv2(nn.functional.silu(self.norm2(h))))
+
+
+class AlwaysDropout(PrivateCopy):
+    def forward(self, x, temb=None):
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        return x + self.conv2(nn.functional.dropout(nn.functional.silu(self.norm2(h)), self.dropout.p))
+
+
+class Subclass(FusedResnetBlock):
+    def __init__(self):
+        super().__init__(in_channels=32, dropout=0.0)
+
+    def forward(self, x, temb=None):
+        return super().forward(x, temb) * 2
+
+
 class Failing(PrivateCopy):
     def forward(self, x):
         raise KeyError("no such thing")
@@ -380,6 +401,16 @@ def test_from_module_shares_parameters(make):
     torch.testing.assert_close(fused(x), block(x, None), rtol=1e-4, atol=1e-5)
 
 
+def hooked(block):
+    block.register_forward_hook(lambda module, args, output: output * 2)
+    return block
+
+
+def uncopyable(block):
+    block.lock = threading.Lock()
+    return block
+
+
 def strided(block):
     block.conv1 = nn.Conv2d(32, 32, 3, stride=2, padding=1)
     return block
@@ -394,17 +425,45 @@ def without_dropout(block):
     (Preactivated, "computes another output"),
     (Scaled, "computes another output"),
     (WrongGradient, "computes another gradient|failed in a trial"),
+    (DropoutLast, "in training its forward computes another output"),
+    (AlwaysDropout, "in evaluation its forward computes another output"),
+    (Subclass, "computes another output"),
+    (lambda: hooked(reference.ResnetBlock(in_channels=32, dropout=0.0)), "it has hooks"),
+    (lambda: uncopyable(PrivateCopy()), "failed in a trial with TypeError"),
     (Failing, "failed in a trial with KeyError"),
     (WithBatchNorm, "another submodule, norm3"),
     (WithScale, "parameters or buffers of its own"),
     (lambda: strided(PrivateCopy()), "conv1 is Conv2d"),
     (lambda: without_dropout(PrivateCopy()), "it has no dropout"),
     (lambda: nn.Linear(2, 2), "it has no norm1"),
-], ids=["preactivated", "scaled", "wrong gradient", "failing", "batch norm", "own parameter", "strided",
+], ids=["preactivated", "scaled", "wrong gradient", "dropout last", "always dropout", "subclass",
+        "hooked", "uncopyable", "failing", "batch norm", "own parameter", "strided",
         "no dropout", "linear"])
 def test_from_module_refuses_what_it_cannot_stand_in_for(make, reason):
     with pytest.raises(UnsupportedBlock, match=reason):
         FusedResnetBlock.from_module(make())
+
+
+def test_from_module_of_a_wrapped_convolution_and_a_shared_norm():
+    block = reference.ResnetBlock(in_channels=32, dropout=0.0)
+    block.conv1, block.norm2 = nn.Sequential(block.conv1), block.norm1
+    x = torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(FusedResnetBlock.from_module(block)(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+def test_from_module_wherever_it_is_called():
+    for context in (torch.inference_mode(), torch.no_grad(), torch.device("meta"), torch.autocast("cpu")):
+        block = PrivateCopy()
+        with context:
+            FusedResnetBlock.from_module(block)
+
+
+def test_trace_keeps_gradients():
+    block = FusedResnetBlock(in_channels=32, dropout=0.0)
+    x = torch.randn(2, 32, 5, 5)
+    traced = torch.jit.trace(block, (x,))
+    found, expected = (torch.autograd.grad(b(x).square().sum(), list(block.parameters())) for b in (traced, block))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_from_module_of_a_block_on_meta():

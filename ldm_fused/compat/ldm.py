@@ -7,7 +7,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from ..modules import FusedResnetBlock
+from ..modules import KNOWN_CLASSES, FusedResnetBlock
 
 __all__ = ["ResnetBlock"]
 
@@ -30,3 +30,6 @@ class ResnetBlock(FusedResnetBlock):
 
     def forward(self, x: Tensor, temb: Optional[Tensor]) -> Tensor:
         return super().forward(x, temb)
+
+
+KNOWN_CLASSES.add(ResnetBlock)
