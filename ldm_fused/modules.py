@@ -78,9 +78,10 @@ class FusedResnetBlock(reference.ResnetBlock):
     def _sharing(cls, block: nn.Module, recompute: bool) -> "FusedResnetBlock":
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
-        # From the norms: a convolution may be wrapped by something that does not tell its channels.
-        fused.in_channels = block.norm1.num_channels
-        fused.out_channels = block.norm2.num_channels
+        # A known class tells its sizes, whatever its parts were replaced by; another class's parts are what was checked.
+        known = type(block) in KNOWN_CLASSES
+        fused.in_channels = block.in_channels if known else block.norm1.num_channels
+        fused.out_channels = block.out_channels if known else block.norm2.num_channels
         fused.use_conv_shortcut = hasattr(block, "conv_shortcut")
         fused.recompute = recompute
         for name, module in block._modules.items():  # named_children() would leave out one that serves twice

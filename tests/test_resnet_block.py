@@ -444,9 +444,9 @@ def test_from_module_refuses_what_it_cannot_stand_in_for(make, reason):
         FusedResnetBlock.from_module(make())
 
 
-def test_from_module_of_a_wrapped_convolution_and_a_shared_norm():
+def test_from_module_of_a_wrapped_convolution_and_a_shared_and_wrapped_norm():
     block = reference.ResnetBlock(in_channels=32, dropout=0.0)
-    block.conv1, block.norm2 = nn.Sequential(block.conv1), block.norm1
+    block.conv1, block.norm2 = nn.Sequential(block.conv1), nn.Sequential(block.norm1)
     x = torch.randn(2, 32, 5, 5)
     torch.testing.assert_close(FusedResnetBlock.from_module(block)(x), block(x), rtol=1e-4, atol=1e-5)
 
