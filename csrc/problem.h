@@ -100,6 +100,7 @@ struct GradientSums {
 // What the input gradient takes from the whole group: dx = slope * dz - k1 - k2 * (x - center), with
 //   k1 = rstd   / M * sum over the group of gain * dz
 //   k2 = rstd^3 / M * sum over the group of gain * dz * (x - center),   gain = weight * (1 + scale), M elements
+// rstd^3 alone leaves the range of float for std beyond 1e13: it is multiplied in one factor at a time.
 template <class A>
 struct Projection {
   A k1, k2;

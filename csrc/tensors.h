@@ -117,6 +117,8 @@ class Parameters {
              const OptionalTensor& scale, const OptionalTensor& shift)
       : x_(x) {
     tensors_.reserve(5);
+    STD_TORCH_CHECK((!scale || scale->dim() == 2) && (!shift || shift->dim() == 2),
+                    "scale and shift must be of shape (N, C)");
     affine = {parameter(weight, "weight", false), parameter(bias, "bias", false), parameter(pre_bias, "pre_bias", true),
               parameter(scale, "scale", true), parameter(shift, "shift", true)};
   }

@@ -16,6 +16,7 @@ from . import ops
 __all__ = ["group_norm_act", "group_norm_silu"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_CASTABLE = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
 _ACTIVATIONS = {"silu": True, "swish": True, None: False}
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.HAS_CUDA else {"cpu", "meta"})
 _warned = set()  # device types
@@ -79,9 +80,11 @@ def group_norm_act(
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
                                      pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
     out_dtype = None
-    if _is_cuda_autocast(x):  # F.group_norm is one of the ops that CUDA autocast runs in float32
+    if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):  # F.group_norm is one of the ops that CUDA autocast runs in float32
         out_dtype = torch.float32
-        weight, bias, pre_bias, scale, shift = (_castable(t, x) for t in tensors[1:])
+        weight, bias = _castable(weight, x), _castable(bias, x)
+    if (pre_bias is not None or scale is not None or shift is not None) and is_autocast(x):
+        pre_bias, scale, shift = _castable(pre_bias, x), _castable(scale, x), _castable(shift, x)
     a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
     if dropout_p == 0.0:
         return run(a)
@@ -95,8 +98,8 @@ def run(a: ops.Arguments) -> Tensor:
     if a.x.device.type not in _KERNEL_DEVICES:
         _warn_without_kernels(a.x.device.type)
         return ops.composed(a)
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return ops.composed(a)  # an op with an autograd formula alone would give zero tangents
+    if ops.in_transform():
+        return ops.composed(a)
     if torch.compiler.is_compiling():
         return ops.group_norm_act(*a)[0]
     if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
@@ -104,9 +107,12 @@ def run(a: ops.Arguments) -> Tensor:
     return ops.below_autograd(*a)[0]
 
 
-def _is_cuda_autocast(x) -> bool:
-    return (isinstance(x, Tensor) and x.is_cuda and x.dtype in _DTYPES and x.dtype != torch.float64
-            and torch.is_autocast_enabled("cuda"))
+def is_autocast(x) -> bool:
+    """Whether autocast is on where x lives."""
+    if not isinstance(x, Tensor):
+        return False
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _castable(t, x: Tensor):
@@ -168,7 +174,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
         _check_parameter(scale, "scale", dtype, device, None, (batch, channels))
     if shift is not None:
         _check_parameter(shift, "shift", dtype, device, None, (batch, channels))
-    if 0 in shape:  # torch releases differ in which empty tensors they refuse
+    if not torch.compiler.is_compiling() and 0 in shape:  # torch releases differ in which empty tensors they refuse
         F.group_norm(x, num_groups, weight, bias, eps)
     return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import functional, pristine, reference
+from . import functional, ops, pristine, reference
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
 
@@ -99,7 +99,7 @@ class FusedResnetBlock(reference.ResnetBlock):
             if not hasattr(self, "temb_proj"):
                 raise ValueError("temb was given to a block without temb_proj: construct it with temb_channels > 0")
             temb = self.temb_proj(reference.swish(temb))
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled() and not (ops.in_transform() or torch.compiler.is_exporting()):
             # The recomputation stops at what the convolution saves, its input: convolutions run once.
             h = checkpoint(self._first_half, x, use_reentrant=False)
             h = checkpoint(self._second_half, h, temb, use_reentrant=False)
@@ -129,7 +129,7 @@ def norm_swish(
     ``pre_bias`` is (N, C), in x's dtype. ``into`` is the convolution that takes the result: under autocast the op
     stores right in the dtype that a plain convolution would cast it to.
     """
-    if pre_bias is not None and pre_bias.dtype != x.dtype:  # the sum has the dtype that type promotion says
+    if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):  # promoted or broadcast
         x, pre_bias = x + pre_bias[:, :, None, None], None
     if pristine.why_not_norm(norm, x) is not None:
         return reference.swish(norm(x if pre_bias is None else x + pre_bias[:, :, None, None]))
@@ -143,7 +143,7 @@ def norm_swish(
 def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
     """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
     device_type = x.device.type
-    if conv is None or not torch.is_autocast_enabled(device_type) or pristine.why_not(conv, nn.Conv2d) is not None:
+    if conv is None or not functional.is_autocast(x) or pristine.why_not(conv, nn.Conv2d) is not None:
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return dtype if dtype == x.dtype or x.dtype == torch.float32 else None

@@ -4,6 +4,7 @@ The kernels are registered by the binary (csrc/ops.cpp has the schemas). :mod:`l
 users come through.
 """
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import NamedTuple, Optional, Sequence
 
@@ -58,7 +59,8 @@ class Arguments(NamedTuple):
                 return True
         return False
 
-    def gradients(self, dx, dweight, dbias, dpre_bias, dscale, dshift):
+    @staticmethod
+    def gradients(dx, dweight, dbias, dpre_bias, dscale, dshift):
         """A gradient for each argument, as autograd wants them."""
         return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None
 
@@ -69,10 +71,17 @@ def composed(a: Arguments) -> Tensor:
     x, weight, bias, pre_bias, scale, shift = (t if t is None else t.to(dtype) for t in a.tensors)
     if weight is None and bias is not None:  # F.group_norm's backward fails on a bias without a weight
         weight = torch.ones_like(bias)
-    with torch.autocast(a.x.device.type, enabled=False):
+    device_type = a.x.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
         y = reference.group_norm_act(x, a.num_groups, weight, bias, a.eps, activation="silu" if a.silu else None,
                                      pre_bias=pre_bias, scale=scale, shift=shift)
     return y.to(a.out_dtype or a.x.dtype)
+
+
+def in_transform() -> bool:
+    """Whether ``torch.func`` or forward-mode AD looks on, for which an op with an autograd formula alone is opaque."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 # ---- Autograd --------------------------------------------------------------------------------------------------
@@ -88,15 +97,18 @@ def backward(ctx, dy: Tensor, needs: Sequence[bool]):
     """A gradient for each argument of the op; ``needs`` says which, for :attr:`Arguments.tensors`."""
     x, weight, bias, pre_bias, scale, shift, mean, rstd = ctx.saved_tensors
     num_groups, eps, silu, out_dtype = ctx.constants
-    a = Arguments(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype)
-    needs = [need and t is not None for need, t in zip(needs, a.tensors)]
-    if torch.is_grad_enabled():  # create_graph=True: the gradients must themselves be differentiable
-        wanted = [t for t, need in zip(a.tensors, needs) if need]
-        found = iter(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
+    needs = [need and t is not None for need, t in zip(needs, (x, weight, bias, pre_bias, scale, shift))]
+    if torch.is_grad_enabled() or in_transform():  # the gradients must themselves be differentiable
+        # Views, which nothing else depends on: arguments may depend on each other, be the same, or have hooks.
+        with torch.enable_grad():
+            a = Arguments(*(t.view_as(t) if isinstance(t, Tensor) else t for t in (
+                x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype)))
+            wanted = [t for t, need in zip(a.tensors, needs) if need]
+            found = iter(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
     else:
         outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs)
         found = iter([g for g, need in zip(outputs, needs) if need])
-    return a.gradients(*(next(found) if need else None for need in needs))
+    return Arguments.gradients(*(next(found) if need else None for need in needs))
 
 
 def _needs(ctx):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 _FORWARD = {cls: cls.forward for cls in (nn.GroupNorm, nn.Conv2d, nn.Dropout, nn.Linear)}
-_CALL = nn.Module.__call__, nn.Module._call_impl
+_CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
 
 def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
@@ -21,7 +21,7 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
     """
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
-    if cls.forward is not _FORWARD[cls] or (cls.__call__, cls._call_impl) != _CALL:
+    if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
         return f"{cls.__name__}.forward is replaced"
     reason = why_not_instance(module)
     if reason is not None:

@@ -140,6 +140,15 @@ def test_autocast_has_the_dtype_of_group_norm(device, dtype, parameter_dtype, co
     torch.testing.assert_close(result.double(), exact, **tolerance)
 
 
+def test_autocast_takes_16_bit_scale_and_shift_beside_float32():
+    x, scale, shift = torch.randn(2, 8, 6, 6), torch.randn(2, 8).bfloat16(), torch.randn(2, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ldm_fused.group_norm_act(x, 2, scale=scale, shift=shift)
+        expected = reference.group_norm_act(x, 2, scale=scale, shift=shift)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert found.dtype == expected.dtype
+
+
 def test_autocast_gradients_have_their_leaves_dtypes(device):
     x = torch.randn(2, 8, 6, 6, device=device, dtype=torch.bfloat16, requires_grad=True)
     module = ldm_fused.GroupNormSiLU(2, 8).to(device)

@@ -138,6 +138,7 @@ def test_empty_inputs_have_zero_gradients():
     pytest.param(lambda op: op(x(4), 2, None, None, 1e-5, True, None, None, None, None), id="dimensions"),
     pytest.param(lambda op: op(x(), 2, x(3), None, 1e-5, True, None, None, None, None), id="weight"),
     pytest.param(lambda op: op(x(), 2, None, None, 1e-5, True, None, x(3, 4), None, None), id="scale"),
+    pytest.param(lambda op: op(x(), 2, None, None, 1e-5, True, None, None, x(4), None), id="shift of one sample"),
     pytest.param(lambda op: op(x(), 2, None, None, 1e-5, True, None, None, None, torch.int32), id="out_dtype"),
     pytest.param(lambda op: op(x(), 2, None, None, 1e-5, True, None, None, None, torch.float64), id="pair"),
 ])

@@ -145,6 +145,36 @@ def test_autocast(device, dtype, fused_calls):
     assert all(a.out_dtype == torch.bfloat16 for a in fused_calls)
 
 
+@pytest.mark.parametrize("batches", [(4, 1), (1, 4)])
+def test_time_embeddings_broadcast(batches):
+    block, fused = pair(**CONFIGURATIONS["time embedding"])
+    x, temb = torch.randn(batches[0], 32, 5, 4), torch.randn(batches[1], 24)
+    torch.testing.assert_close(fused(x, temb), block(x, temb), rtol=1e-4, atol=1e-5)
+
+
+def test_block_on_meta():
+    fused = FusedResnetBlock(in_channels=32, out_channels=64, dropout=0.0).to("meta")
+    assert fused(torch.empty(2, 32, 8, 8, device="meta")).shape == (2, 64, 8, 8)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_keeps_the_op(strict, recompute):
+    fused = FusedResnetBlock(in_channels=32, dropout=0.0, recompute=recompute)
+    x = torch.randn(2, 32, 8, 8)
+    exported = torch.export.export(fused, (x,), strict=strict)
+    assert sum(n.target is torch.ops.ldm_fused.group_norm_act.default for n in exported.graph.nodes) == 2
+    torch.testing.assert_close(exported.module()(x), fused(x))
+
+
+def test_func_grad_of_a_recomputing_block():
+    fused = FusedResnetBlock(in_channels=32, dropout=0.0, recompute=True)
+    x = torch.randn(2, 32, 4, 4)
+    found = torch.func.grad(lambda x: fused(x).square().sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(fused(x).square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
 # ---- Drop-in -----------------------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ struct Chunks {
 constexpr int64_t kLongestSum = 128;
 
 Chunks pixel_chunks(const Shape& shape) {
-  return Chunks(shape.spatial, std::clamp<int64_t>(kChunk / shape.channels, 1, kLongestSum));
+  return Chunks(shape.spatial, std::clamp<int64_t>(kChunk / shape.channels, 16, kLongestSum));
 }
 
 bool walks_columns(const Shape& shape) { return shape.channels_last || shape.spatial == 1; }
@@ -261,7 +261,7 @@ struct Backward {
     }
     const A r = rstd[group];
     const double count = double(channels) * double(shape.spatial);
-    projections[group] = {r * A(dz / count), r * r * r * A(dz_x / count)};
+    projections[group] = {r * A(dz / count), A(dz_x / count) * r * r * r};
   }
 
   // Parts are groups.

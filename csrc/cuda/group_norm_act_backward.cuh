@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
     const A rstd = static_cast<const A*>(p.rstd)[blockIdx.x];
     const A count = A(channels) * A(p.shape.spatial);
     static_cast<Projection<A>*>(p.projections)[blockIdx.x] = {rstd * (group.dz / count),
-                                                              rstd * rstd * rstd * (group.dz_x / count)};
+                                                              (group.dz_x / count) * rstd * rstd * rstd};
   }
 }
 
