@@ -80,7 +80,8 @@ def group_norm_act(
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
                                      pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
     out_dtype = None
-    if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):  # F.group_norm is one of the ops that CUDA autocast runs in float32
+    if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):
+        # F.group_norm is one of the ops that CUDA autocast runs in float32.
         out_dtype = torch.float32
         weight, bias = _castable(weight, x), _castable(bias, x)
     if (pre_bias is not None or scale is not None or shift is not None) and is_autocast(x):

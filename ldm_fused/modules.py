@@ -78,7 +78,7 @@ class FusedResnetBlock(reference.ResnetBlock):
     def _sharing(cls, block: nn.Module, recompute: bool) -> "FusedResnetBlock":
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
-        # A known class tells its sizes, whatever its parts were replaced by; another class's parts are what was checked.
+        # A known class tells its sizes, whatever replaced its parts; another class's parts are what was checked.
         known = type(block) in KNOWN_CLASSES
         fused.in_channels = block.in_channels if known else block.norm1.num_channels
         fused.out_channels = block.out_channels if known else block.norm2.num_channels
