@@ -113,7 +113,7 @@ def is_autocast(x) -> bool:
     if not isinstance(x, Tensor):
         return False
     device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return ops.has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _castable(t, x: Tensor):
