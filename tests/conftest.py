@@ -28,16 +28,13 @@ def device(request):
 
 @pytest.fixture(params=["cpu", "cuda", "emulated"])
 def kernels(request):
-    """An implementation of the registered ops: forward, backward and the device of their tensors.
+    """The registered ops: forward, backward and the device of their tensors.
 
-    "emulated" are the CUDA kernels, run on the CPU.
+    "emulated" are those of CUDA, launchers and kernels, run on the CPU.
     """
-    if request.param == "emulated":
-        return SimpleNamespace(name="emulated", device="cpu", forward=emulated.group_norm_act,
-                               backward=emulated.group_norm_act_backward)
+    ops = emulated if request.param == "emulated" else ldm_fused.ops
     return SimpleNamespace(name=request.param, device=_cuda() if request.param == "cuda" else "cpu",
-                           forward=torch.ops.ldm_fused.group_norm_act.default,
-                           backward=torch.ops.ldm_fused.group_norm_act_backward.default)
+                           forward=ops.group_norm_act, backward=ops.group_norm_act_backward)
 
 
 @pytest.fixture(autouse=True)

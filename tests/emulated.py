@@ -1,70 +1,81 @@
-"""The ops' CUDA kernels, run by the emulator on CPU tensors: the same signatures as ``torch.ops.ldm_fused``."""
+"""The package's CUDA operators, run by the emulator on CPU tensors: ``torch.ops.ldm_fused_emulated``."""
+
+from contextlib import contextmanager
 
 import torch
 from emulator import build
 
+import ldm_fused  # noqa: F401: its schemas are declared again
 
-def _kernels():
-    return build.load("bindings")
+DEVICES = {  # from NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities
+    "H200": dict(multiprocessors=132, major=9, minor=0, l2_bytes=50 << 20, shared_per_multiprocessor=228 << 10,
+                 shared_per_block=227 << 10, threads_per_multiprocessor=2048),
+    "A100": dict(multiprocessors=108, major=8, minor=0, l2_bytes=40 << 20, shared_per_multiprocessor=164 << 10,
+                 shared_per_block=163 << 10, threads_per_multiprocessor=2048),
+    "RTX 4090": dict(multiprocessors=128, major=8, minor=9, l2_bytes=72 << 20, shared_per_multiprocessor=100 << 10,
+                     shared_per_block=99 << 10, threads_per_multiprocessor=1536),
+    "T4": dict(multiprocessors=40, major=7, minor=5, l2_bytes=4 << 20, shared_per_multiprocessor=64 << 10,
+               shared_per_block=64 << 10, threads_per_multiprocessor=1024),
+}
+SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors are small too
+
+_schemas = torch.library.Library("ldm_fused_emulated", "DEF")
+for _name in ("group_norm_act", "group_norm_act_backward"):
+    _schema = str(getattr(torch.ops.ldm_fused, _name).default._schema)
+    _schemas.define(_schema.removeprefix("ldm_fused::"))
+
+_library = build.load("library")  # registers the kernels
+_library.set_device(**SMALL)
+
+group_norm_act = torch.ops.ldm_fused_emulated.group_norm_act.default
+group_norm_act_backward = torch.ops.ldm_fused_emulated.group_norm_act_backward.default
 
 
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
+@contextmanager
+def device(properties):
+    """Launches run on a device of these properties, as those in ``DEVICES``."""
+    _library.set_device(**properties)
+    try:
+        yield
+    finally:
+        _library.set_device(**SMALL)
 
 
-def _flat(t):
-    """A dense tensor's elements in the order of its memory, as a numpy array; 16-bit types as int16."""
-    t = t.detach().as_strided((t.numel(),), (1,))
-    return (t.view(torch.int16) if t.element_size() == 2 else t).numpy()
+@contextmanager
+def order(name, seed=0):
+    """Blocks, warps and lanes run in this order: "forward", "reverse" or "random"."""
+    _library.set_order(name, seed)
+    try:
+        yield
+    finally:
+        _library.set_order("forward", 0)
+
+
+@contextmanager
+def traffic():
+    """Gives a list that holds, at the end, what each launch has moved; races are not looked for meanwhile."""
+    launches = []
+    _library.observe(False, True)
+    try:
+        yield launches
+    finally:
+        _library.observe(True, False)
+        launches += _library.take_traffic()
 
 
 def _sizes(x):
     return x.shape[0], x.shape[1], x[0, 0].numel()
 
 
-def _poisoned(t):
-    """Memory that no kernel has written: NaN, and a failed test wherever it is left."""
-    return t.fill_(float("nan"))
+def _dtype(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
-def _parameters(x, tensors):
-    return [None if t is None else (_flat(t.contiguous()), _name(t.dtype), x.shape[1] if t.dim() == 2 else 0)
-            for t in tensors]
+def plan_forward(x, num_groups, *, out_dtype=None, aligned=True):
+    return _library.plan_forward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
+                                 _dtype(out_dtype or x.dtype), aligned)
 
 
-def group_norm_act(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, *, multiprocessors=4):
-    y = _poisoned(torch.empty_like(x, dtype=out_dtype or x.dtype))
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, rstd = (_poisoned(torch.empty(x.shape[0], num_groups, dtype=statistics)) for _ in range(2))
-    _kernels().forward(_flat(x), _flat(y), _flat(mean), _flat(rstd), _sizes(x), num_groups, not x.is_contiguous(),
-                       _name(x.dtype), _name(y.dtype), _parameters(x, (weight, bias, pre_bias, scale, shift)), eps,
-                       silu, multiprocessors)
-    return y, mean, rstd
-
-
-def group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, *,
-                            multiprocessors=4):
-    parameters = (weight, bias, pre_bias, scale, shift)
-    dx = _poisoned(torch.empty_like(x)) if output_mask[0] else None
-    gradients = [_poisoned(torch.empty(t.shape, dtype=t.dtype)) if t is not None and wanted else None
-                 for t, wanted in zip(parameters, output_mask[1:])]
-    dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)  # the order that x has in memory
-    _kernels().backward(_flat(dy), _flat(x), _flat(mean), _flat(rstd), None if dx is None else _flat(dx), _sizes(x),
-                        mean.shape[1], not x.is_contiguous(), _name(x.dtype), _name(dy.dtype),
-                        _parameters(x, parameters), _parameters(x, gradients), silu, multiprocessors)
-    return dx, *gradients
-
-
-def set_order(order, seed=0):
-    """The order in which the threads of a block run: "forward", "reverse" or "random"."""
-    _kernels().set_order(order, seed)
-
-
-def plan_forward(x, num_groups, *, out_dtype=None, aligned=True, multiprocessors=4):
-    return _kernels().plan_forward(_sizes(x), num_groups, not x.is_contiguous(), _name(x.dtype),
-                                   _name(out_dtype or x.dtype), aligned, multiprocessors)
-
-
-def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, sums=2, multiprocessors=4):
-    return _kernels().plan_backward(_sizes(x), num_groups, not x.is_contiguous(), _name(x.dtype),
-                                    _name(dy_dtype or x.dtype), aligned, sums, multiprocessors)
+def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, sums=2):
+    return _library.plan_backward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
+                                  _dtype(dy_dtype or x.dtype), aligned, sums)

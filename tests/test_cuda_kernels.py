@@ -1,41 +1,38 @@
-"""The CUDA kernels under the emulator, in several thread orders; the plan, as the pure function that it is."""
+"""The CUDA kernels under the emulator, in several thread orders and on several devices; the plan, as the pure function that it is."""
 
 import emulated
 import pytest
 import torch
-from oracle import laid_out, make_case
+from oracle import GRADIENTS, assert_within_bound, laid_out, make_case
 
 from benchmarks import workloads
 
-H200, T4 = 132, 40  # multiprocessors
-
-
-@pytest.fixture
-def in_order():
-    yield emulated.set_order
-    emulated.set_order("forward")
+def all_results(case):
+    y, mean, rstd = emulated.group_norm_act(*case.arguments())
+    gradients = emulated.group_norm_act_backward(case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu,
+                                                 case.pre_bias, case.scale, case.shift, [True] * 6)
+    return {"y": y, **dict(zip(GRADIENTS, gradients))}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape,num_groups", [((2, 20, 9, 7), 2), ((1, 8, 40, 48), 2), ((1, 4, 3, 700), 4)], ids=str)
-def test_same_bits_in_every_thread_order(in_order, shape, num_groups, layout):
+def test_same_bits_in_every_thread_order(shape, num_groups, layout):
     case = make_case(shape, num_groups, layout=layout)
-    results = []
-    for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
-        in_order(order, seed)
-        y, mean, rstd = emulated.group_norm_act(*case.arguments())
-        results.append([y, mean, rstd, *emulated.group_norm_act_backward(
-            case.dy, case.x, mean, rstd, case.weight, case.bias, True, case.pre_bias, case.scale, case.shift,
-            [True] * 6)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    first = all_results(case)
+    for name, seed in (("reverse", 0), ("random", 1), ("random", 2)):
+        with emulated.order(name, seed):
+            other = all_results(case)
+        assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_cutting_the_work_differently_changes_only_roundings(layout):
-    case = make_case((1, 8, 40, 48), 2, layout=layout)
-    few, many = (emulated.group_norm_act(*case.arguments(), multiprocessors=n)[0] for n in (1, 200))
-    torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape,num_groups", [((2, 80, 24, 32), 8), ((1, 8, 64, 80), 2), ((8, 64, 4, 4), 32)], ids=str)
+@pytest.mark.parametrize("name", emulated.DEVICES)
+def test_every_device(name, shape, num_groups, dtype, layout):
+    case = make_case(shape, num_groups, dtype, layout)
+    with emulated.device(emulated.DEVICES[name]):
+        assert_within_bound(case, all_results(case))
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------
@@ -53,8 +50,9 @@ def test_plan_covers_every_workload(workload, layout):
     if x is None:
         pytest.skip("no channels_last")
     limit = x.numel() * x.element_size()
-    for plan, minimum in ((emulated.plan_forward(x, workload.groups, multiprocessors=H200), 3 * limit),
-                          (emulated.plan_backward(x, workload.groups, multiprocessors=H200), 5 * limit)):
+    with emulated.device(emulated.DEVICES["H200"]):
+        plans = emulated.plan_forward(x, workload.groups), emulated.plan_backward(x, workload.groups)
+    for plan, minimum in zip(plans, (3 * limit, 5 * limit)):
         for tiling in (plan["reduce"], plan["apply"]):
             assert tiling["vector"] == 8, "16-byte accesses"
             spatial = x[0, 0].numel()
@@ -73,9 +71,10 @@ def test_plan_covers_every_workload(workload, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_batch_1_with_32_groups_fills_the_chip(layout):
     x = laid_out(torch.empty(1, 128, 512, 512, dtype=torch.bfloat16, device="meta"), layout)
-    for multiprocessors in (T4, H200):
-        tiling = emulated.plan_forward(x, 32, multiprocessors=multiprocessors)["reduce"]
-        assert tiling["grid"][0] * tiling["grid"][1] >= 7 * multiprocessors
+    for properties in emulated.DEVICES.values():
+        with emulated.device(properties):
+            tiling = emulated.plan_forward(x, 32)["reduce"]
+        assert tiling["grid"][0] * tiling["grid"][1] >= 7 * properties["multiprocessors"]
 
 
 @pytest.mark.parametrize("shape,aligned,vector", [
@@ -89,6 +88,7 @@ def test_vectors_only_where_all_of_them_are_aligned(shape, aligned, vector):
 
 def test_more_than_2_to_the_31_elements_need_no_more_than_64_bits():
     x = torch.empty(2, 64, 2**13, 2**13 + 8, dtype=torch.bfloat16, device="meta")
-    plan = emulated.plan_forward(x, 32, multiprocessors=H200)
+    with emulated.device(emulated.DEVICES["H200"]):
+        plan = emulated.plan_forward(x, 32)
     assert plan["bytes_written"] > x.numel() * 2 > 2**33
     assert plan["reduce"]["chunks"] * plan["reduce"]["chunk"] >= x[0, 0].numel()

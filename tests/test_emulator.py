@@ -10,6 +10,9 @@ import pytest
 pytest.importorskip("pybind11", reason="the emulator is built with pybind11")
 from emulator import build  # noqa: E402
 
+WATCHES = "-fsanitize" not in os.environ.get("LDM_FUSED_EMULATOR_FLAGS", "")
+watched = pytest.mark.skipif(not WATCHES, reason="a sanitizer takes the place of the emulator's own watch on memory")
+
 ORDERS = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
 
 
@@ -95,8 +98,25 @@ def test_warp_that_the_block_does_not_fill(ordered):
     assert (any_ == 1).all() and (all_ == 1).all() and (count == 40).all()
 
 
-def test_atomics(ordered):
+def test_last_block_sees_what_the_others_have_written(ordered):
     assert ordered.count_threads(24, 96) == (24 * 96, 0)
+
+
+@pytest.mark.parametrize("cluster,large", [(2, False), (8, False), (16, True)])
+def test_clusters_share_their_shared_memory(ordered, cluster, large):
+    values = np.random.default_rng().integers(-1000, 1000, (48, 40)).astype(np.int32)
+    sums = values.reshape(-1, cluster, 40).sum(1).repeat(cluster, 0)
+    np.testing.assert_array_equal(ordered.cluster_sum(values, cluster, large=large), sums)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_cooperative_grids_meet(ordered, by_hand):
+    values = np.random.default_rng().integers(-1000, 1000, (12, 64)).astype(np.int32)
+    np.testing.assert_array_equal(ordered.rotate(values, by_hand=by_hand), np.roll(values, -1, 0))
+
+
+def test_a_warp_meets_without_the_block(ordered):
+    np.testing.assert_array_equal(ordered.next_lane(True), np.arange(64) ^ 1)
 
 
 def test_fast_math(emulator):
@@ -112,15 +132,112 @@ def test_one_order_gives_the_same_bits_as_another(emulator, rows):
     assert all(np.array_equal(first, other) for other in others)
 
 
+# ---- Traffic
+
+
+@watched
+@pytest.mark.parametrize("stride,bytes,counts", [
+    (4, 4, (128, 4, 1)),  # stride and bytes of each lane: bytes, sectors and requests of the warp
+    (8, 4, (128, 8, 1)),
+    (32, 4, (128, 32, 1)),
+    (256, 4, (128, 32, 1)),
+    (0, 4, (4, 1, 1)),
+    (2, 4, None),
+    (4, 8, (256, 9, 2)),  # each lane reads on where its neighbour has begun
+    (64, 12, (384, 96, 3)),
+])
+def test_requests_of_a_warp(emulator, stride, bytes, counts):
+    if counts is None:
+        with pytest.raises(RuntimeError, match="misaligned"):
+            emulator.count_reads(stride, bytes, False, 0)
+        return
+    read, sectors, _, _, requests = emulator.count_reads(stride, bytes, False, 0)
+    assert (read, sectors, requests) == counts
+
+
+@watched
+@pytest.mark.parametrize("offset,sectors", [(0, 16), (1, 17)])
+def test_vectors_are_one_access(emulator, offset, sectors):
+    assert emulator.count_reads(0, 0, True, offset) == (512, sectors, 512, 16, 2)
+
+
 # ---- Wrong kernels
 
 
+@watched
 @pytest.mark.parametrize("barrier", ["before_write", "before_read"])
-def test_missing_barrier_shows_between_orders(emulator, rows, barrier):
-    right = emulator.normalize(rows)
-    first, *others = in_all_orders(emulator, lambda: emulator.normalize(rows, **{barrier: False}))
-    assert not np.array_equal(first, right)
-    assert not all(np.array_equal(first, other) for other in others)
+def test_missing_barrier_is_a_race(ordered, rows, barrier):
+    message = r"(race: (reads|writes) what .*|reads memory that nothing has written) .*shared memory"
+    with pytest.raises(RuntimeError, match=message):
+        ordered.normalize(rows, **{barrier: False})
+
+
+@watched
+def test_missing_fence_is_a_race(ordered):
+    with pytest.raises(RuntimeError, match=r"race: reads what thread \(0,0,0\) of block \d+ writes .*global memory"):
+        ordered.count_threads(24, 96, fence=False)
+
+
+@watched
+def test_missing_cluster_barrier_is_reported(ordered):
+    values = np.ones((8, 64), np.int32)
+    with pytest.raises(RuntimeError, match="reads memory that nothing has written|race: "):
+        ordered.cluster_sum(values, 4, before=False)
+    with pytest.raises(RuntimeError, match="shared memory of a block that has exited"):
+        ordered.cluster_sum(values, 4, after=False)
+
+
+@watched
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_missing_grid_barrier_is_a_race(ordered, by_hand):
+    with pytest.raises(RuntimeError, match=r"race: (reads|writes) what .*global memory"):
+        ordered.rotate(np.ones((6, 64), np.int32), by_hand=by_hand, synchronized=False)
+
+
+@watched
+def test_missing_warp_barrier_is_a_race(ordered):
+    with pytest.raises(RuntimeError, match=r"reads memory that nothing has written|race: "):
+        ordered.next_lane(False)
+
+
+def test_barrier_made_by_hand_needs_all_blocks_at_once(ordered):
+    with pytest.raises(RuntimeError, match="threads spin for what no other thread will do"):
+        ordered.rotate(np.ones((6, 64), np.int32), by_hand=True, cooperative=False)
+
+
+@watched
+@pytest.mark.parametrize(
+    "kernel, grid, message",
+    [
+        ("misaligned", 1, r"access of 16 bytes.* is misaligned by 12 bytes"),
+        ("reads_past_global", 1, r"access of 4 bytes.* is out of bounds: it ends \d+ bytes past an array of 32"),
+        ("writes_past_global", 1, r"access of 4 bytes.* is out of bounds: it ends \d+ bytes past an array of 32"),
+        ("reads_before_global", 1, r"access of 4 bytes.* is out of bounds"),
+        ("reads_past_shared", 1, r"access of 4 bytes.* is out of bounds: it ends 4 bytes past an array of 32"),
+        ("reads_unwritten_shared", 1, r"reads memory that nothing has written \(byte 132 of 256 of shared memory\)"),
+        ("all_write_one", 1, r"race: writes what thread \(\d+,0,0\) writes .*global memory"),
+        ("blocks_write_one", 3, r"race: writes what thread \(0,0,0\) of block \d writes .*global memory"),
+        ("writes_what_others_read", 1, r"race: (writes what several threads reads|reads what)"),
+        ("plain_beside_atomic", 1, r"race: writes what thread"),
+        ("spins", 1, r"spins without letting other threads run"),
+    ],
+)
+def test_wrong_access_is_reported(ordered, kernel, grid, message):
+    with pytest.raises(RuntimeError, match=message):
+        ordered.launch(kernel, [grid])
+
+
+@watched
+def test_report_names_the_line(emulator):
+    with pytest.raises(RuntimeError, match=r"at \S*emulator_selftest.cpp:\d+"):
+        emulator.launch("all_write_one")
+
+
+@watched
+def test_write_past_dynamic_shared_memory_is_reported(emulator):
+    emulator.touch_dynamic_shared(64 * 4)
+    with pytest.raises(RuntimeError, match="access of 4 bytes.* is out of bounds: it ends 4 bytes past an array of 252"):
+        emulator.touch_dynamic_shared(64 * 4 - 4)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +250,15 @@ def test_missing_barrier_shows_between_orders(emulator, rows, barrier):
         ("barrier_against_shuffle", r"waits in __syncthreads at \S+:\d+ for .* waits in __shfl_sync"),
         ("foreign_mask", r"__syncwarp with mask 0x0000ffff at \S+:\d+, which does not name the calling lane"),
         ("absent_source", r"__shfl_sync with mask 0x0000ffff at \S+:\d+ reads lane 20, which takes no part"),
+        ("one_block_leaves_the_grid", r"deadlock: waits in grid.sync at \S+ for .* of block \(1,0,0\), which has exited"),
+        ("waits_for_nobody", r"threads spin for what no other thread will do"),
         ("trap", r"^block \(1,0,0\), thread \(33,0,0\): __trap\(\)$"),
-        ("misaligned", r"access of 16 bytes is misaligned by 4 bytes"),
     ],
 )
 def test_wrong_kernel_is_reported(ordered, rows, kernel, message):
     with pytest.raises(RuntimeError, match=message) as error:
         ordered.launch(kernel, [2])
-    assert str(error.value).startswith(("block (0,0,0), thread", "block (1,0,0), thread"))
+    assert str(error.value).startswith(("block (0,0,0), thread", "block (1,0,0), thread", "threads spin"))
     # The threads that were left waiting are gone: the next launch is sound.
     assert np.isfinite(ordered.normalize(rows)).all()
 
@@ -155,23 +273,39 @@ def test_address_sanitizer_sees_the_stacks_of_suspended_threads():
     assert result.returncode != 0 and "stack-buffer-overflow" in result.stderr
 
 
-def test_dynamic_shared_memory_is_poisoned_before_each_block(emulator):
-    assert (emulator.touch_dynamic_shared(3, 1000) == 0xFF).all()
-
-
-def test_write_past_dynamic_shared_memory_is_reported(emulator):
-    with pytest.raises(RuntimeError, match="wrote past its 1000 bytes of dynamic shared memory"):
-        emulator.touch_dynamic_shared(1, 1000, past=1)
-
-
 def test_dynamic_shared_memory_above_48_kb_must_be_asked_for(emulator):
     kilobyte = 1024
-    emulator.touch_dynamic_shared(1, 48 * kilobyte)
+    emulator.touch_dynamic_shared(48 * kilobyte)
     with pytest.raises(ValueError, match="invalid argument"):
-        emulator.touch_dynamic_shared(1, 48 * kilobyte + 1)
-    emulator.touch_dynamic_shared(1, 227 * kilobyte, limit=227 * kilobyte)
+        emulator.touch_dynamic_shared(48 * kilobyte + 1)
+    emulator.touch_dynamic_shared(227 * kilobyte, limit=227 * kilobyte)
     with pytest.raises(ValueError, match="invalid argument"):
-        emulator.touch_dynamic_shared(1, 1, limit=227 * kilobyte + 1)
+        emulator.touch_dynamic_shared(1, limit=227 * kilobyte + 1)
+
+
+@pytest.fixture
+def small_device(emulator):
+    """One multiprocessor of compute capability 8, that is without clusters, and 64 KB of shared memory a block."""
+    emulator.set_device(1, 8, 64 * 1024)
+    yield emulator
+    emulator.set_device(4, 9, 227 * 1024)
+
+
+def test_launch_that_the_device_cannot_run_is_refused(small_device):
+    with pytest.raises(ValueError, match="invalid argument"):
+        small_device.touch_dynamic_shared(1, limit=64 * 1024 + 1)
+    with pytest.raises(ValueError, match="operation not supported"):
+        small_device.cluster_sum(np.ones((8, 64), np.int32), 4)
+    small_device.rotate(np.ones((32, 64), np.int32))
+    with pytest.raises(ValueError, match="too many blocks in cooperative launch"):
+        small_device.rotate(np.ones((33, 64), np.int32))
+
+
+def test_cluster_that_is_none_is_refused(emulator):
+    with pytest.raises(ValueError, match="invalid configuration argument"):  # not a divisor of the grid
+        emulator.cluster_sum(np.ones((6, 64), np.int32), 4)
+    with pytest.raises(ValueError, match="invalid configuration argument"):  # more than 8 must be asked for
+        emulator.cluster_sum(np.ones((16, 64), np.int32), 16, before=False)
 
 
 @pytest.mark.parametrize(
@@ -198,5 +332,5 @@ def test_unknown_order_is_refused(emulator):
 
 
 def test_build_error_shows_what_the_compiler_said():
-    with pytest.raises(RuntimeError, match=r"absent.cpp failed:\n.*error: "):
+    with pytest.raises(RuntimeError, match=r"absent.cpp -o \S+ failed:\n.*error: "):
         build.load("absent")

@@ -8,6 +8,11 @@
 #include "cuda/plan.h"
 #include "problem.h"
 
+// Where each block keeps a T of its own; the emulator has another way.
+#ifndef LDM_FUSED_SHARED
+#define LDM_FUSED_SHARED(T, name) __shared__ T name
+#endif
+
 namespace ldm_fused {
 
 // ---- Memory ---------------------------------------------------------------------------------------------------
@@ -91,7 +96,8 @@ __device__ __forceinline__ T team_reduce(T value, int team) {
   const int width = team < 32 ? team : 32;
   for (int offset = width / 2; offset > 0; offset /= 2) value.merge(shuffle_down(value, offset, width));
   if (team > 32) {
-    __shared__ T warps[32];
+    using Warps = T[32];
+    LDM_FUSED_SHARED(Warps, warps);
     const int warp = threadIdx.x / 32, warps_used = blockDim.x / 32;
     if (threadIdx.x % 32 == 0) warps[warp] = value;
     __syncthreads();
@@ -103,10 +109,14 @@ __device__ __forceinline__ T team_reduce(T value, int team) {
   return value;
 }
 
-// Merges what the threads of each column left in shared memory, two rows of the block at a time; the results are row
-// 0's. All threads of the block must call it.
+// What the threads of a block leave in shared memory, V values each.
 template <class T, int V>
-__device__ __forceinline__ void merge_rows(T (&rows)[V][kThreads]) {
+using Rows = T[V][kThreads];
+
+// Merges what the threads of each column left, two rows of the block at a time; the results are row 0's. All threads of
+// the block must call it.
+template <class T, int V>
+__device__ __forceinline__ void merge_rows(Rows<T, V>& rows) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int height = blockDim.y; height > 1;) {
     const int half = (height + 1) / 2;

@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
     }
   });
 
-  __shared__ GradientSums<A> rows[V][kThreads];
+  using SumRows = Rows<GradientSums<A>, V>;
+  LDM_FUSED_SHARED(SumRows, rows);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
   for (int e = 0; e < V; ++e) rows[e][thread] = sums[e];

@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) 
     }
   }
 
-  __shared__ Moments<A> rows[V][kThreads];
+  using MomentRows = Rows<Moments<A>, V>;
+  LDM_FUSED_SHARED(MomentRows, rows);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
   for (int e = 0; e < V; ++e) rows[e][thread] = moments[e].total;

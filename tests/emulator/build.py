@@ -1,4 +1,4 @@
-"""Compiles the emulated kernels into a Python module, with nothing but a C++ compiler and pybind11."""
+"""Compiles emulated kernels into a Python module, with nothing but a C++ compiler, pybind11 and torch's headers."""
 
 import functools
 import hashlib
@@ -9,18 +9,27 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("tests/emulator", "csrc")  # the emulator first: its cuda_runtime.h stands in for the toolkit's
+MACHINE = ("tests/emulator",)
+MACHINE_SOURCES = ("tests/emulator/machine.cpp", "tests/emulator/callbacks.cpp")
+KERNELS = ("tests/emulator", "csrc")  # the emulator first: its cuda_runtime.h stands in for the toolkit's
 FLAGS = (
-    "-O2 -g -std=c++17 -fPIC -shared "
+    "-O2 -g -std=c++17 -fPIC "
     "-fvisibility=hidden "  # each module has an emulator of its own
     "-fno-strict-aliasing "  # kernels read memory through vector types, as nvcc lets them
     "-ffp-contract=off "  # the same bits whatever machine compiles
-    "-U_FORTIFY_SOURCE"  # fibers.h says why
+    "-U_FORTIFY_SOURCE "  # fibers.h says why
+    "-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000"
+)
+WATCHED = (  # of kernels: the compiler calls callbacks.cpp at each access of memory
+    "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 "
+    "-fno-tree-sra"  # a 16-byte vector stays one access
 )
 
 
@@ -28,38 +37,49 @@ FLAGS = (
 def load(name):
     """The module built from tests/emulator/<name>.cpp; it is built again when a source or a flag has changed.
 
-    CXX names the compiler (default g++), LDM_FUSED_EMULATOR_FLAGS adds flags. With -fsanitize=address the interpreter
-    must be started with LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" and
+    CXX names the compiler (default g++). LDM_FUSED_EMULATOR_FLAGS adds flags; with a -fsanitize among them, the
+    emulator does not watch memory itself. With -fsanitize=address the interpreter must be started with
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" and
     ASAN_OPTIONS=detect_leaks=0. Raises RuntimeError with the compiler's messages.
     """
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *shlex.split(FLAGS)]
-    command += shlex.split(os.environ.get("LDM_FUSED_EMULATOR_FLAGS", ""))
-    command += [f"-I{folder}" for folder in SOURCES]
-    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"tests/emulator/{name}.cpp"]
-
-    library = ROOT / "build" / "emulator" / f"{name}-{_digest(command)}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        _compile(command, library)
+    library = build(name, ROOT)
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _digest(command):
-    digest = hashlib.sha256(repr((command, sys.version, pybind11.__version__)).encode())
-    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
-        if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def build(name, root):
+    """The library built from the sources under ``root``."""
+    added = os.environ.get("LDM_FUSED_EMULATOR_FLAGS", "")
+    compiler = [*shlex.split(os.environ.get("CXX", "g++")), *shlex.split(FLAGS), *shlex.split(added)]
+    torch_folder = Path(torch.__file__).parent
+    includes = [*KERNELS, pybind11.get_include(), sysconfig.get_path("include"), torch_folder / "include"]
+    kernel_compiler = [*compiler, *(f"-I{folder}" for folder in includes)]
+    if "-fsanitize" not in added:
+        kernel_compiler += shlex.split(WATCHED)
+    with ThreadPoolExecutor() as pool:
+        kernels = pool.submit(_make, [*kernel_compiler, "-c", f"tests/emulator/{name}.cpp"], KERNELS, ".o", root)
+        machine = [pool.submit(_make, [*compiler, "-c", source], MACHINE, ".o", root) for source in MACHINE_SOURCES]
+        objects = [str(future.result()) for future in (kernels, *machine)]
+    libraries = [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ldl"]
+    return _make([*compiler, "-shared", *objects, *libraries], (), sysconfig.get_config_var("EXT_SUFFIX"), root)
 
 
-def _compile(command, library):
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place: of test processes that build at the same time, none sees half a file.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        result = subprocess.run([*command, "-o", str(built)], cwd=ROOT, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stderr}")
-        os.replace(built, library)
+def _make(command, folders, suffix, root):
+    """The file that the command writes: the one of an earlier run, if nothing in the folders has changed since."""
+    digest = hashlib.sha256(repr((command, sys.version, torch.__version__, pybind11.__version__)).encode())
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    made = root / "build" / "emulator" / f"{digest.hexdigest()[:16]}{suffix}"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: of test processes that build at the same time, none sees half a file.
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            new = Path(folder) / made.name
+            result = subprocess.run([*command, "-o", str(new)], cwd=root, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stderr}")
+            os.replace(new, made)
+    return made

@@ -25,33 +25,47 @@
 #define __host__
 #define __constant__
 #define __grid_constant__
-#define __shared__ static
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 
-inline const uint3& threadIdx = emulator::machine.thread_index;
-inline const uint3& blockIdx = emulator::machine.block_index;
-inline const dim3& blockDim = emulator::machine.block_dim;
-inline const dim3& gridDim = emulator::machine.grid_dim;
+// A block's own, which no static variable is: kernels declare shared memory by these.
+#define LDM_FUSED_SHARED(T, name) \
+  static char name##_variable;    \
+  T& name = *static_cast<T*>(emulator::shared(&name##_variable, sizeof(T), alignof(T)))
+#define LDM_FUSED_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(emulator::dynamic_shared())
+
+inline const uint3& threadIdx = emulator::indices.thread;
+inline const uint3& blockIdx = emulator::indices.block;
+inline const dim3& blockDim = emulator::indices.block_dim;
+inline const dim3& gridDim = emulator::indices.grid_dim;
 inline constexpr int warpSize = emulator::kWarpSize;
 
-[[noreturn]] inline void __trap() { emulator::machine.fail("__trap()"); }
+[[noreturn]] inline void __trap() { emulator::fail("__trap()"); }
+
+namespace emulator {
+
+// The compiler's callbacks see a misaligned access too, but without them the hardware's fault would go unnoticed.
+template <class T>
+T* aligned(T* address) {
+  check_alignment(address, alignof(T));
+  return address;
+}
+
+}  // namespace emulator
 
 // ---- Barriers, votes, shuffles ----------------------------------------------------------------------------------
 
-inline void __syncthreads(emulator::Site site = emulator::Site::here()) {
-  emulator::machine.wait({"__syncthreads", site});
-}
+inline void __syncthreads(emulator::Site site = emulator::Site::here()) { emulator::wait({"__syncthreads", site}); }
 inline int __syncthreads_count(int predicate, emulator::Site site = emulator::Site::here()) {
-  return int(emulator::machine.wait({"__syncthreads_count", site, 0, uint64_t(predicate != 0)}));
+  return int(emulator::wait({"__syncthreads_count", site, emulator::Scope::block, ~0u, uint64_t(predicate != 0)}));
 }
 inline int __syncthreads_or(int predicate, emulator::Site site = emulator::Site::here()) {
-  return emulator::machine.wait({"__syncthreads_or", site, 0, uint64_t(predicate != 0)}) != 0;
+  return emulator::wait({"__syncthreads_or", site, emulator::Scope::block, ~0u, uint64_t(predicate != 0)}) != 0;
 }
 inline int __syncthreads_and(int predicate, emulator::Site site = emulator::Site::here()) {
-  return emulator::machine.wait({"__syncthreads_and", site, 0, uint64_t(predicate == 0)}) == 0;
+  return emulator::wait({"__syncthreads_and", site, emulator::Scope::block, ~0u, uint64_t(predicate == 0)}) == 0;
 }
 
 namespace emulator {
@@ -60,16 +74,17 @@ namespace emulator {
 struct Segment {
   unsigned lane, first, last;
 
-  explicit Segment(int width) : lane(machine.lane()) {
-    if (width < 1 || width > warpSize || (width & (width - 1))) machine.fail(format("a shuffle's width is %d", width));
+  explicit Segment(int width) : lane(emulator::lane()) {
+    if (width < 1 || width > warpSize || (width & (width - 1))) fail("a shuffle's width is %d", width);
     first = lane & ~unsigned(width - 1);
     last = first + width - 1;
   }
 };
 
-inline uint64_t warp_wait(const Call& call) {
-  if (call.mask == 0) machine.fail(format("%s at %s:%d names no lane", call.name, call.site.file, call.site.line));
-  return machine.wait(call);
+inline uint64_t warp_wait(const char* name, Site site, unsigned mask, uint64_t value = 0,
+                          unsigned source = Call::kNoSource) {
+  if (mask == 0) fail("%s at %s:%d names no lane", name, site.file, site.line);
+  return wait({name, site, Scope::warp, mask, value, source});
 }
 
 template <class T>
@@ -77,7 +92,7 @@ T shuffle(const char* name, Site site, unsigned mask, T value, unsigned source) 
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles move 4 or 8 bytes");
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
-  bits = warp_wait({name, site, mask, bits, source});
+  bits = warp_wait(name, site, mask, bits, source);
   memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -109,43 +124,50 @@ T __shfl_xor_sync(unsigned mask, T value, int by, int width = warpSize, emulator
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
-  return unsigned(emulator::warp_wait({"__ballot_sync", site, mask, predicate != 0}));
+  return unsigned(emulator::warp_wait("__ballot_sync", site, mask, predicate != 0));
 }
 inline int __any_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
-  return emulator::warp_wait({"__any_sync", site, mask, predicate != 0}) != 0;
+  return emulator::warp_wait("__any_sync", site, mask, predicate != 0) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
-  return emulator::warp_wait({"__all_sync", site, mask, predicate == 0}) == 0;
+  return emulator::warp_wait("__all_sync", site, mask, predicate == 0) == 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulator::Site::here()) {
-  emulator::warp_wait({"__syncwarp", site, mask});
+  emulator::warp_wait("__syncwarp", site, mask);
 }
-inline unsigned __activemask() { return emulator::machine.living_lanes(); }
+inline unsigned __activemask() { return emulator::living_lanes(); }
 
 // ---- Memory ---------------------------------------------------------------------------------------------------
 
+// Caches are not emulated.
 template <class T>
 T __ldg(const T* from) {
-  return *emulator::checked(from);
+  return *emulator::aligned(from);
+}
+template <class T>
+T __ldcg(const T* from) {
+  return *emulator::aligned(from);
 }
 template <class T>
 T __ldcs(const T* from) {
-  return *emulator::checked(from);
+  return *emulator::aligned(from);
 }
 template <class T>  // T comes from the pointer alone: common_type_t<T> is not deduced
 void __stcs(T* to, std::common_type_t<T> value) {
-  *emulator::checked(to) = value;
+  *emulator::aligned(to) = value;
 }
 
-inline void __threadfence() {}  // every write is seen by all threads at once
+inline void __threadfence() { emulator::fence(); }
+inline void __nanosleep(unsigned) { emulator::yield(); }
 
 namespace emulator {
 
 // All atomics: stores f(old) and returns old.
 template <class T, class F>
-T atomic(T* address, F f) {
+__attribute__((no_sanitize("thread"))) T atomic(T* address, F f) {
   static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "atomics take 4 or 8 byte integers");
-  const T old = *checked(address);
+  atomic_access(address, sizeof(T));
+  const T old = *address;
   *address = f(old);
   return old;
 }
@@ -224,14 +246,43 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
+};
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore = 0,
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,  // allows an overlap that is never made use of here
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrClusterLaunch = 120,
+};
 using cudaStream_t = struct CUstream_st*;
+
+union cudaLaunchAttributeValue {
+  int cooperative;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+  int programmaticStreamSerializationAllowed;
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
 };
 
 struct cudaLaunchConfig_t {
@@ -248,33 +299,83 @@ inline const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDeviceFunction: return "invalid device function";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
     case cudaErrorNotSupported: return "operation not supported";
   }
   return "unrecognized error code";
 }
 
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  const emulator::Device& device = emulator::device;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = device.multiprocessors; break;
+    case cudaDevAttrL2CacheSize: *value = device.l2_bytes; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = device.threads_per_multiprocessor; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = device.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = device.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = device.shared_per_multiprocessor; break;
+    case cudaDevAttrCooperativeLaunch: *value = 1; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device.shared_per_block; break;
+    case cudaDevAttrClusterLaunch: *value = device.has_clusters(); break;
+    default: return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+
 namespace emulator {
 
 inline cudaError_t last_error = cudaSuccess;
-inline std::unordered_map<const void*, size_t> dynamic_shared_limits;  // of kernels that asked for more than 48 KB
+
+// What a kernel has asked for beyond what every kernel may use.
+struct Allowance {
+  size_t dynamic_shared_bytes = 48 * 1024;
+  unsigned cluster_size = 8;
+};
+inline std::unordered_map<const void*, Allowance> allowances;
 
 inline cudaError_t noted(cudaError_t error) { return error == cudaSuccess ? error : last_error = error; }
 
-inline cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
+// Fills in the launch's shape, or says why the runtime would refuse it.
+inline cudaError_t configure(const cudaLaunchConfig_t& config, const void* kernel, Launch& launch) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   if (!kernel) return cudaErrorInvalidDeviceFunction;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || block.x < 1 || block.y < 1 || block.z < 1) {
     return cudaErrorInvalidConfiguration;
   }
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
-  if (block.x > 1024 || block.y > 1024 || block.z > 64 || block.x * block.y * block.z > 1024) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) return cudaErrorInvalidConfiguration;
+  const auto found = allowances.find(kernel);
+  const Allowance allowance = found == allowances.end() ? Allowance() : found->second;
+  if (config.dynamicSmemBytes > std::min(allowance.dynamic_shared_bytes, size_t(device.shared_per_block))) {
+    return cudaErrorInvalidValue;
+  }
+  launch.grid = grid;
+  launch.block = block;
+  launch.cluster = dim3(1, 1, 1);
+  launch.cooperative = false;
+  launch.dynamic_shared_bytes = config.dynamicSmemBytes;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttributeValue& value = config.attrs[i].val;
+    switch (config.attrs[i].id) {
+      case cudaLaunchAttributeCooperative: launch.cooperative = value.cooperative != 0; break;
+      case cudaLaunchAttributeClusterDimension:
+        if (!device.has_clusters()) return cudaErrorNotSupported;
+        launch.cluster = dim3(value.clusterDim.x, value.clusterDim.y, value.clusterDim.z);
+        break;
+      case cudaLaunchAttributeIgnore:
+      case cudaLaunchAttributeProgrammaticStreamSerialization: break;
+      default: return cudaErrorNotSupported;
+    }
+  }
+  const dim3 cluster = launch.cluster;
+  if (cluster.x < 1 || cluster.y < 1 || cluster.z < 1 || grid.x % cluster.x || grid.y % cluster.y ||
+      grid.z % cluster.z || uint64_t(cluster.x) * cluster.y * cluster.z > allowance.cluster_size) {
     return cudaErrorInvalidConfiguration;
   }
-  const auto raised = dynamic_shared_limits.find(kernel);
-  const size_t limit = raised == dynamic_shared_limits.end() ? 48 * 1024 : raised->second;
-  if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
-  for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id != cudaLaunchAttributeIgnore) return cudaErrorNotSupported;
+  const int resident = device.blocks_per_multiprocessor(unsigned(threads), config.dynamicSmemBytes);
+  if (launch.cooperative && uint64_t(grid.x) * grid.y * grid.z > uint64_t(resident) * device.multiprocessors) {
+    return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;
 }
@@ -286,25 +387,60 @@ inline cudaError_t cudaPeekAtLastError() { return emulator::last_error; }
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      size_t(value) > emulator::kMaxSharedBytes) {
-    return emulator::noted(cudaErrorInvalidValue);
+  emulator::Allowance& allowance = emulator::allowances[reinterpret_cast<const void*>(kernel)];
+  switch (attribute) {
+    case cudaFuncAttributeMaxDynamicSharedMemorySize:
+      if (value < 0 || value > emulator::device.shared_per_block) break;
+      allowance.dynamic_shared_bytes = size_t(std::max(value, 48 * 1024));
+      return cudaSuccess;
+    case cudaFuncAttributeNonPortableClusterSizeAllowed:
+      if (!emulator::device.has_clusters()) break;
+      allowance.cluster_size = value ? 16 : 8;
+      return cudaSuccess;
   }
-  emulator::dynamic_shared_limits[reinterpret_cast<const void*>(kernel)] = std::max(value, 48 * 1024);
+  return emulator::noted(cudaErrorInvalidValue);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, size_t shared_bytes) {
+  *blocks = emulator::device.blocks_per_multiprocessor(unsigned(threads), shared_bytes);
   return cudaSuccess;
 }
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const cudaLaunchConfig_t* config) {
+  emulator::Launch launch{};
+  const cudaError_t error = emulator::configure(*config, reinterpret_cast<const void*>(kernel), launch);
+  if (error != cudaSuccess) return emulator::noted(error);
+  const dim3 block = launch.block, cluster = launch.cluster;
+  const int resident =
+      emulator::device.blocks_per_multiprocessor(block.x * block.y * block.z, config->dynamicSmemBytes);
+  *clusters = resident * emulator::device.multiprocessors / int(cluster.x * cluster.y * cluster.z);
+  return cudaSuccess;
+}
+
+namespace emulator {
+
+// Not watched: parameters, which it hands to a kernel, are no memory.
+template <class F>
+__attribute__((noinline, no_sanitize("thread"))) void call(void* f) {
+  (*static_cast<F*>(f))();
+}
+
+}  // namespace emulator
 
 // What is wrong inside the kernel is thrown, as std::runtime_error.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const cudaError_t error = emulator::check(*config, reinterpret_cast<const void*>(kernel));
+  emulator::Launch launch{};
+  const cudaError_t error = emulator::configure(*config, reinterpret_cast<const void*>(kernel), launch);
   if (error != cudaSuccess) return emulator::noted(error);
   [&](Parameters... parameters) {
-    auto thread = [&] { kernel(parameters...); };
-    emulator::machine.run(
-        config->gridDim, config->blockDim, config->dynamicSmemBytes,
-        [](void* f) { (*static_cast<decltype(thread)*>(f))(); }, &thread);
+    auto thread = [&]() __attribute__((no_sanitize("thread"))) { kernel(parameters...); };
+    launch.kernel = emulator::call<decltype(thread)>;
+    launch.arguments = &thread;
+    emulator::run(launch);
   }(std::forward<Arguments>(arguments)...);
   return cudaSuccess;
 }

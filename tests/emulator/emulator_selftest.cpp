@@ -1,4 +1,5 @@
 // Toy kernels, right ones and wrong ones, with which tests/test_emulator.py tests the emulator itself.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -29,7 +30,8 @@ __device__ float warp_sum(float value) {
 // before its first write is as necessary as the one before its first read: each can be left out here.
 template <bool BarrierBeforeWrite, bool BarrierBeforeRead>
 __device__ float block_sum(float value) {
-  __shared__ float partial[32];
+  using Partial = float[32];
+  LDM_FUSED_SHARED(Partial, partial);
   value = warp_sum(value);
   if (BarrierBeforeWrite) __syncthreads();
   if (threadIdx.x % warpSize == 0) partial[threadIdx.x / warpSize] = value;
@@ -42,7 +44,7 @@ __device__ float block_sum(float value) {
 // y = (x - mean) / std of each row; a block a row. One read and one write of x, which stays in shared memory.
 template <bool BarrierBeforeWrite, bool BarrierBeforeRead>
 __global__ void __launch_bounds__(1024) normalize(const float* __restrict__ x, float* __restrict__ y, int columns) {
-  float* kept = static_cast<float*>(emulator::dynamic_shared());
+  LDM_FUSED_DYNAMIC_SHARED(float, kept);
   x += int64_t(blockIdx.x) * columns;
   y += int64_t(blockIdx.x) * columns;
   float sum = 0;
@@ -85,23 +87,77 @@ __global__ void vote(const int* in, unsigned* out) {
   to[6] = __activemask();
 }
 
-// The last block to finish adds up what all blocks have written.
+// The last block to finish adds up what all blocks have written. Without a fence it may see nothing of it.
+template <bool Fence>
 __global__ void count_threads(unsigned* per_block, unsigned* finished, unsigned* total) {
-  __shared__ bool last;
-  atomicAdd(&per_block[blockIdx.x], 1);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
+  LDM_FUSED_SHARED(bool, last);
+  unsigned count = __syncthreads_count(true);
+  if (threadIdx.x == 0) {
+    per_block[blockIdx.x] = count;
+    if (Fence) __threadfence();
+    last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
+    if (Fence) __threadfence();
+  }
   __syncthreads();
   if (last && threadIdx.x < gridDim.x) atomicAdd(total, per_block[threadIdx.x]);
 }
 
-// Copies what dynamic shared memory holds at a block's start, then fills it, and `past` bytes more.
-__global__ void touch_dynamic_shared(unsigned char* found, int bytes, int past) {
-  unsigned char* shared = static_cast<unsigned char*>(emulator::dynamic_shared());
-  for (int i = threadIdx.x; i < bytes; i += blockDim.x) found[blockIdx.x * bytes + i] = shared[i];
-  for (int i = threadIdx.x; i < bytes + past; i += blockDim.x) shared[i] = 0;
+// Adds up over a cluster, in distributed shared memory. The first barrier is needed because others read what a block
+// writes, the last because a block's shared memory is gone when it exits.
+template <bool BarrierBefore, bool BarrierAfter>
+__global__ void cluster_sum(const int* in, int* out) {
+  const auto cluster = cooperative_groups::this_cluster();
+  LDM_FUSED_DYNAMIC_SHARED(int, own);
+  own[threadIdx.x] = in[blockIdx.x * blockDim.x + threadIdx.x];
+  if (BarrierBefore) cluster.sync();
+  int sum = 0;
+  for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) sum += cluster.map_shared_rank(own, rank)[threadIdx.x];
+  if (BarrierAfter) cluster.sync();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
+
+// Each block writes, and after the grid's barrier reads what the next one has written.
+template <bool Barrier>
+__global__ void rotate(const int* in, int* between, int* out) {
+  const unsigned here = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
+  between[here] = in[here];
+  if (Barrier) cooperative_groups::this_grid().sync();
+  out[here] = between[(here + blockDim.x) % all];
+}
+
+// The same with a barrier made by hand.
+template <bool Fence>
+__global__ void rotate_by_hand(const int* in, int* between, unsigned* arrived, int* out) {
+  const unsigned here = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
+  between[here] = in[here];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (Fence) __threadfence();
+    atomicAdd(arrived, 1);
+    while (atomicAdd(arrived, 0) < gridDim.x) __nanosleep(20);
+    if (Fence) __threadfence();
+  }
+  __syncthreads();
+  out[here] = between[(here + blockDim.x) % all];
+}
+
+// Lanes hand values on through shared memory within their warp.
+template <bool Barrier>
+__global__ void next_lane(int* out) {
+  using Values = int[64];
+  LDM_FUSED_SHARED(Values, values);
+  values[threadIdx.x] = threadIdx.x;
+  if (Barrier) __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+// Each thread reads `bytes` bytes, a multiple of 4, at its own place, `stride` bytes behind the one before.
+__global__ void strided_reads(const char* in, int stride, int bytes, int* out) {
+  int sum = 0;
+  for (int i = 0; i < bytes; i += 4) sum += *reinterpret_cast<const int*>(in + threadIdx.x * stride + i);
+  if (sum == 1) out[0] = sum;
+}
+__global__ void vector_reads(const int4* in, int4* out) { out[threadIdx.x] = in[threadIdx.x]; }
 
 // ---- Wrong ones -----------------------------------------------------------------------------------------------
 
@@ -119,25 +175,25 @@ __global__ void early_exit() {
 }
 
 __global__ void missing_lanes(int* out) {
-  if (threadIdx.x % warpSize < 16) out[0] = __shfl_sync(0xffffffffu, 1, 0);
+  if (threadIdx.x % warpSize < 16) out[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0);
 }
 
 __global__ void mixed_masks(int* out) {
   const int lane = threadIdx.x % warpSize;
-  out[0] = __shfl_sync(lane < 16 ? 0xffffffffu : 0xffff0000u, 1, 16);
+  out[threadIdx.x] = __shfl_sync(lane < 16 ? 0xffffffffu : 0xffff0000u, 1, 16);
 }
 
 __global__ void foreign_mask() { __syncwarp(0x0000ffffu); }
 
 __global__ void absent_source(int* out) {
-  if (threadIdx.x % warpSize < 16) out[0] = __shfl_sync(0x0000ffffu, 1, 20);
+  if (threadIdx.x % warpSize < 16) out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 20);
 }
 
 __global__ void barrier_against_shuffle(int* out) {
   if (threadIdx.x == 0)
     __syncthreads();
   else
-    out[0] = __shfl_sync(0xffffffffu, 1, 0);
+    out[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0);
 }
 
 __global__ void trap() {
@@ -145,7 +201,57 @@ __global__ void trap() {
   __syncthreads();
 }
 
-__global__ void misaligned(const float* x, int* out) { out[0] = int(__ldg(reinterpret_cast<const float4*>(x + 1)).x); }
+__global__ void misaligned(int* x) { *reinterpret_cast<int4*>(x) = *reinterpret_cast<const int4*>(x + 3); }
+__global__ void reads_past_global(const int* x, int* out) {
+  if (x[threadIdx.x] == 1) out[0] = 1;
+}
+__global__ void writes_past_global(int* out) { out[threadIdx.x] = 1; }
+__global__ void reads_before_global(const int* x, int* out) { out[0] = x[-1]; }
+
+__global__ void reads_past_shared(int* out) {
+  using Few = int[8];
+  LDM_FUSED_SHARED(Few, few);
+  if (threadIdx.x < 8) few[threadIdx.x] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) out[0] = few[8 + blockIdx.x];
+}
+
+__global__ void writes_past_dynamic_shared() {
+  LDM_FUSED_DYNAMIC_SHARED(int, values);
+  values[threadIdx.x] = 0;
+}
+
+__global__ void reads_unwritten_shared(int* out) {
+  using Values = int[64];
+  LDM_FUSED_SHARED(Values, values);
+  if (threadIdx.x != 33) values[threadIdx.x] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) out[0] = values[33];
+}
+
+__global__ void all_write_one(int* out) { out[0] = threadIdx.x; }
+__global__ void blocks_write_one(int* out) {
+  if (threadIdx.x == 0) out[0] = blockIdx.x;
+}
+__global__ void writes_what_others_read(int* out) {
+  const int before = out[0];
+  if (threadIdx.x == 63 && before == 0) out[0] = 1;
+}
+__global__ void plain_beside_atomic(unsigned* out) {
+  if (threadIdx.x == 0) atomicAdd(out, 1);
+  if (threadIdx.x == 40) out[0] = 0;
+}
+__global__ void waits_for_nobody(unsigned* out) {
+  while (atomicAdd(out, 0) == 0) __nanosleep(20);
+}
+__global__ void spins(volatile unsigned* out) {
+  while (out[0] == 0) {
+  }
+}
+__global__ void one_block_leaves_the_grid() {
+  if (blockIdx.x == 1) return;
+  cooperative_groups::this_grid().sync();
+}
 
 // For AddressSanitizer alone to see: an overflow on the stack of a thread that has been suspended.
 __attribute__((no_sanitize("undefined"))) __global__ void stack_overflow(int index, int* out) {
@@ -158,39 +264,76 @@ __attribute__((no_sanitize("undefined"))) __global__ void stack_overflow(int ind
 
 // ---- Python ---------------------------------------------------------------------------------------------------
 
-static cudaLaunchConfig_t config_of(std::vector<unsigned> grid, std::vector<unsigned> block, size_t shared_bytes = 0) {
-  grid.resize(3, 1);
-  block.resize(3, 1);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid[0], grid[1], grid[2]);
-  config.blockDim = dim3(block[0], block[1], block[2]);
-  config.dynamicSmemBytes = shared_bytes;
-  return config;
+// Memory that the next launch may touch.
+template <class T>
+static T* give(T* memory, size_t elements) {
+  emulator::allow(const_cast<std::remove_const_t<T>*>(memory), elements * sizeof(T), false);
+  return memory;
+}
+template <class T>
+static const T* in(const Array<T>& array) {
+  return give(array.data(), size_t(array.size()));
+}
+template <class T>
+static T* out(Array<T>& array) {
+  return give(array.mutable_data(), size_t(array.size()));
 }
 
+struct Config : cudaLaunchConfig_t {
+  cudaLaunchAttribute attributes[2];
+
+  Config(std::vector<unsigned> grid, std::vector<unsigned> block, size_t shared_bytes = 0, unsigned cluster = 1,
+         bool cooperative = false)
+      : cudaLaunchConfig_t{} {
+    grid.resize(3, 1);
+    block.resize(3, 1);
+    gridDim = dim3(grid[0], grid[1], grid[2]);
+    blockDim = dim3(block[0], block[1], block[2]);
+    dynamicSmemBytes = shared_bytes;
+    attrs = attributes;
+    if (cluster > 1) {
+      attributes[numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[numAttrs++].val.clusterDim = {cluster, 1, 1};
+    }
+    if (cooperative) {
+      attributes[numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes[numAttrs++].val.cooperative = 1;
+    }
+  }
+  Config(const Config&) = delete;
+};
+
 template <class... Parameters, class... Arguments>
-static void launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...), Arguments... arguments) {
+static void launch(const Config& config, void (*kernel)(Parameters...), Arguments... arguments) {
+  struct Given {
+    ~Given() { emulator::forget_allowed(); }
+  } given;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaGetLastError()) throw std::logic_error("cudaGetLastError() is not the launch's error");
   if (error != cudaSuccess) throw std::invalid_argument(cudaGetErrorString(error));
 }
 
 template <class T>
-static Array<T> run_shuffle(Shuffle kind, Array<T> in, int by, int width) {
-  Array<T> out(in.size());
-  launch(config_of({1}, {unsigned(in.size())}), shuffle<T>, kind, in.data(), out.mutable_data(), by, width);
-  return out;
+static Array<T> run_shuffle(Shuffle kind, Array<T> values, int by, int width) {
+  Array<T> shuffled(values.size());
+  launch(Config({1}, {unsigned(values.size())}), shuffle<T>, kind, in(values), out(shuffled), by, width);
+  return shuffled;
 }
 
 PYBIND11_MODULE(emulator_selftest, m) {
   m.def("set_order", &emulator::set_order, py::arg("order"), py::arg("seed") = 0);
+  m.def("set_device", [](int multiprocessors, int major, int shared_per_block) {
+    emulator::device.multiprocessors = multiprocessors;
+    emulator::device.major = major;
+    emulator::device.shared_per_block = shared_per_block;
+  });
 
   m.def("indices", [](std::vector<unsigned> grid, std::vector<unsigned> block) {
-    const cudaLaunchConfig_t config = config_of(grid, block);
+    const Config config(grid, block);
     const dim3 g = config.gridDim, b = config.blockDim;
-    Array<int> out({g.z, g.y, g.x, b.z, b.y, b.x, 6u});
-    launch(config, write_indices, out.mutable_data());
-    return out;
+    Array<int> indices({g.z, g.y, g.x, b.z, b.y, b.x, 6u});
+    launch(config, write_indices, out(indices));
+    return indices;
   });
 
   m.def(
@@ -198,11 +341,11 @@ PYBIND11_MODULE(emulator_selftest, m) {
       [](Array<float> x, unsigned threads, bool before_write, bool before_read) {
         const int columns = int(x.shape(1));
         Array<float> y({x.shape(0), x.shape(1)});
-        const cudaLaunchConfig_t config = config_of({unsigned(x.shape(0))}, {threads}, columns * sizeof(float));
+        const Config config({unsigned(x.shape(0))}, {threads}, columns * sizeof(float));
         auto* kernel = !before_write  ? normalize<false, true>
                        : !before_read ? normalize<true, false>
                                       : normalize<true, true>;
-        launch(config, kernel, x.data(), y.mutable_data(), columns);
+        launch(config, kernel, in(x), out(y), columns);
         return y;
       },
       py::arg("x"), py::arg("threads") = 256, py::arg("before_write") = true, py::arg("before_read") = true);
@@ -212,67 +355,130 @@ PYBIND11_MODULE(emulator_selftest, m) {
     kinds[name] = int(kind);
   }
   m.attr("shuffles") = kinds;
-  m.def("shuffle", [](int kind, py::array in, int by, int width) -> py::array {
-    if (in.dtype().is(py::dtype::of<float>())) return run_shuffle<float>(Shuffle(kind), in, by, width);
-    if (in.dtype().is(py::dtype::of<double>())) return run_shuffle<double>(Shuffle(kind), in, by, width);
-    if (in.dtype().is(py::dtype::of<int>())) return run_shuffle<int>(Shuffle(kind), in, by, width);
-    return run_shuffle<int64_t>(Shuffle(kind), in, by, width);
+  m.def("shuffle", [](int kind, py::array values, int by, int width) -> py::array {
+    if (values.dtype().is(py::dtype::of<float>())) return run_shuffle<float>(Shuffle(kind), values, by, width);
+    if (values.dtype().is(py::dtype::of<double>())) return run_shuffle<double>(Shuffle(kind), values, by, width);
+    if (values.dtype().is(py::dtype::of<int>())) return run_shuffle<int>(Shuffle(kind), values, by, width);
+    return run_shuffle<int64_t>(Shuffle(kind), values, by, width);
   });
 
-  m.def("vote", [](Array<int> in) {
-    Array<unsigned> out({in.size(), py::ssize_t(7)});
-    launch(config_of({1}, {unsigned(in.size())}), vote, in.data(), out.mutable_data());
-    return out;
+  m.def("vote", [](Array<int> predicates) {
+    Array<unsigned> votes({predicates.size(), py::ssize_t(7)});
+    launch(Config({1}, {unsigned(predicates.size())}), vote, in(predicates), out(votes));
+    return votes;
   });
 
-  m.def("count_threads", [](unsigned blocks, unsigned threads) {
-    std::vector<unsigned> per_block(blocks);
-    unsigned finished = 0, total = 0;
-    launch(config_of({blocks}, {threads}), count_threads, per_block.data(), &finished, &total);
-    return std::pair(total, finished);
+  m.def(
+      "count_threads",
+      [](unsigned blocks, unsigned threads, bool fence) {
+        std::vector<unsigned> per_block(blocks);
+        unsigned finished = 0, total = 0;
+        launch(Config({blocks}, {threads}), fence ? count_threads<true> : count_threads<false>,
+               give(per_block.data(), blocks), give(&finished, 1), give(&total, 1));
+        return std::pair(total, finished);
+      },
+      py::arg("blocks"), py::arg("threads"), py::arg("fence") = true);
+
+  m.def(
+      "cluster_sum",
+      [](Array<int> values, unsigned cluster, bool before, bool after, bool large) {
+        auto* kernel = !before ? cluster_sum<false, true> : !after ? cluster_sum<true, false> : cluster_sum<true, true>;
+        if (large && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+          throw std::invalid_argument(cudaGetErrorString(cudaGetLastError()));
+        }
+        const unsigned blocks = unsigned(values.shape(0)), threads = unsigned(values.shape(1));
+        Array<int> sums({blocks, threads});
+        launch(Config({blocks}, {threads}, threads * sizeof(int), cluster), kernel, in(values), out(sums));
+        return sums;
+      },
+      py::arg("values"), py::arg("cluster"), py::arg("before") = true, py::arg("after") = true,
+      py::arg("large") = false);
+
+  m.def(
+      "rotate",
+      [](Array<int> values, bool by_hand, bool synchronized, bool cooperative) {
+        const unsigned blocks = unsigned(values.shape(0)), threads = unsigned(values.shape(1));
+        Array<int> between({blocks, threads}), rotated({blocks, threads});
+        unsigned arrived = 0;
+        const Config config({blocks}, {threads}, 0, 1, cooperative);
+        if (by_hand) {
+          launch(config, synchronized ? rotate_by_hand<true> : rotate_by_hand<false>, in(values), out(between),
+                 give(&arrived, 1), out(rotated));
+        } else {
+          launch(config, synchronized ? rotate<true> : rotate<false>, in(values), out(between), out(rotated));
+        }
+        return rotated;
+      },
+      py::arg("values"), py::arg("by_hand") = false, py::arg("synchronized") = true, py::arg("cooperative") = true);
+
+  m.def("next_lane", [](bool barrier) {
+    Array<int> values(64);
+    launch(Config({1}, {64}), barrier ? next_lane<true> : next_lane<false>, out(values));
+    return values;
+  });
+
+  // Bytes and sectors of one warp's reads.
+  m.def("count_reads", [](int stride, int bytes, bool vectors, int offset) {
+    alignas(32) static char memory[64 * 1024];
+    alignas(32) static int4 copied[33];
+    int nothing;
+    emulator::observe(false, true);
+    if (vectors)
+      launch(Config({1}, {32}), vector_reads, give(reinterpret_cast<int4*>(memory) + offset, 32), give(copied, 32));
+    else
+      launch(Config({1}, {32}), strided_reads, give(memory + offset, sizeof memory / 2), stride, bytes,
+             give(&nothing, 1));
+    emulator::observe(true, false);
+    const emulator::Traffic t = emulator::take_traffic().back();
+    return std::tuple(t.bytes_read, t.sectors_read, t.bytes_written, t.sectors_written, t.requests);
   });
 
   m.def(
       "touch_dynamic_shared",
-      [](unsigned blocks, int bytes, int limit, int past) {
-        if (cudaFuncSetAttribute(touch_dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, limit) !=
+      [](unsigned bytes, int limit) {
+        if (cudaFuncSetAttribute(writes_past_dynamic_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, limit) !=
             cudaSuccess) {
           throw std::invalid_argument(cudaGetErrorString(cudaGetLastError()));
         }
-        Array<unsigned char> found({blocks, unsigned(bytes)});
-        launch(config_of({blocks}, {64}, bytes), touch_dynamic_shared, found.mutable_data(), bytes, past);
-        return found;
+        launch(Config({1}, {64}, bytes), writes_past_dynamic_shared);
       },
-      py::arg("blocks"), py::arg("bytes"), py::arg("limit") = 0, py::arg("past") = 0);
+      py::arg("bytes"), py::arg("limit") = 0);
 
   m.def(
       "launch",
       [](const std::string& kernel, std::vector<unsigned> grid, std::vector<unsigned> block) {
-        const cudaLaunchConfig_t config = config_of(grid, block);
-        int out = 0;
-        alignas(16) float x[8] = {};
-        if (kernel == "divergent_barrier")
-          launch(config, divergent_barrier);
-        else if (kernel == "early_exit")
-          launch(config, early_exit);
-        else if (kernel == "missing_lanes")
-          launch(config, missing_lanes, &out);
-        else if (kernel == "mixed_masks")
-          launch(config, mixed_masks, &out);
-        else if (kernel == "foreign_mask")
-          launch(config, foreign_mask);
-        else if (kernel == "absent_source")
-          launch(config, absent_source, &out);
-        else if (kernel == "barrier_against_shuffle")
-          launch(config, barrier_against_shuffle, &out);
-        else if (kernel == "trap")
-          launch(config, trap);
-        else if (kernel == "misaligned")
-          launch(config, misaligned, x, &out);
-        else if (kernel == "stack_overflow")
-          launch(config, stack_overflow, 4, &out);
-        else
-          throw std::invalid_argument("no kernel is named " + kernel);
+        int result = 0;
+        unsigned count = 0;
+        alignas(16) int x[8] = {}, y[64];
+        give(&result, 1), give(&count, 1), give(x, 8), give(y, 64);
+        const Config config(grid, block);
+#define LAUNCH(name, ...) \
+  if (kernel == #name) return launch(config, name, ##__VA_ARGS__)
+        LAUNCH(divergent_barrier);
+        LAUNCH(early_exit);
+        LAUNCH(missing_lanes, y);
+        LAUNCH(mixed_masks, y);
+        LAUNCH(foreign_mask);
+        LAUNCH(absent_source, y);
+        LAUNCH(barrier_against_shuffle, y);
+        LAUNCH(trap);
+        LAUNCH(misaligned, x);
+        LAUNCH(reads_past_global, x, &result);
+        LAUNCH(writes_past_global, x);
+        LAUNCH(reads_before_global, x, &result);
+        LAUNCH(reads_past_shared, &result);
+        LAUNCH(reads_unwritten_shared, &result);
+        LAUNCH(all_write_one, &result);
+        LAUNCH(blocks_write_one, &result);
+        LAUNCH(writes_what_others_read, &result);
+        LAUNCH(plain_beside_atomic, &count);
+        LAUNCH(waits_for_nobody, &count);
+        LAUNCH(spins, &count);
+        LAUNCH(stack_overflow, 4, &result);
+        if (kernel == "one_block_leaves_the_grid") {
+          return launch(Config(grid, block, 0, 1, true), one_block_leaves_the_grid);
+        }
+        throw std::invalid_argument("no kernel is named " + kernel);
       },
       py::arg("kernel"), py::arg("grid") = std::vector<unsigned>{1}, py::arg("block") = std::vector<unsigned>{64});
 

@@ -12,9 +12,7 @@
 #include <ucontext.h>
 
 #include <cstddef>
-#include <exception>
 #include <new>
-#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMULATOR_ASAN 1
@@ -24,6 +22,7 @@
 #endif
 #endif
 #ifdef EMULATOR_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -44,8 +43,7 @@ using Place = jmp_buf;
 #endif
 
 // Runs one body after another on its own stack. One fiber runs at a time, and only the stack that resumes it, never
-// another fiber, is switched to when it suspends. Not to be suspended inside a catch block: the list of exceptions
-// being handled belongs to the operating system's thread.
+// another fiber, is switched to when it suspends. Bodies throw nothing: what is wrong in one is told to the resumer.
 class Fiber {
  public:
   Fiber() {
@@ -54,13 +52,7 @@ class Fiber {
     if (stack == MAP_FAILED) throw std::bad_alloc();
     mprotect(stack, kGuardBytes, PROT_NONE);  // stacks grow down: an overflow faults instead of writing elsewhere
     stack_ = static_cast<char*>(stack);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = usable_stack();
-    context.uc_stack.ss_size = kStackBytes - kGuardBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, [] { running_->loop(); }, 0);
-    enter(&context);  // up to the loop's first suspension: from here on a switch is a longjmp
+    reset();
   }
 
   ~Fiber() { munmap(stack_, kStackBytes); }
@@ -75,47 +67,46 @@ class Fiber {
     finished_ = false;
   }
 
-  // Runs the body until it suspends or ends; what it throws is thrown here.
-  void resume() {
-    enter(nullptr);
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  }
+  // Runs the body until it suspends or ends.
+  void resume() { enter(nullptr); }
 
   bool finished() const { return finished_; }
 
-  // Unwinds a body that is not finished, so that the fiber can be started again.
+  // Forgets a body that is not finished, without unwinding it, so that the fiber can be started again.
   void cancel() {
-    if (finished_) return;
-    cancelled_ = true;
-    enter(nullptr);
-    cancelled_ = false;
-    error_ = nullptr;
+    if (!finished_) reset();
   }
 
   // Called on a fiber: back to its resume().
-  static void suspend() {
-    Fiber* self = running_;
-    self->leave();
-    if (self->cancelled_) throw Cancelled{};
-  }
+  static void suspend() { running_->leave(); }
+
+  bool has_on_stack(const void* address) const { return address >= usable_stack() && address < stack_ + kStackBytes; }
 
  private:
-  struct Cancelled {};
-
   static constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 64 * 1024;
 
   char* usable_stack() const { return stack_ + kGuardBytes; }
+
+  // Puts the loop on the stack, up to its first suspension: from there on a switch is a longjmp.
+  void reset() {
+#ifdef EMULATOR_ASAN
+    __asan_unpoison_memory_region(usable_stack(), kStackBytes - kGuardBytes);
+#endif
+    finished_ = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = usable_stack();
+    context.uc_stack.ss_size = kStackBytes - kGuardBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, [] { running_->loop(); }, 0);
+    enter(&context);
+  }
 
   void loop() {
     finish_switch(nullptr, &outside_stack_, &outside_stack_bytes_);
     for (;;) {
       leave();
-      try {
-        if (!cancelled_) body_(argument_);
-      } catch (const Cancelled&) {
-      } catch (...) {
-        error_ = std::current_exception();
-      }
+      body_(argument_);
       finished_ = true;
     }
   }
@@ -162,8 +153,7 @@ class Fiber {
   Place inside_;
   void (*body_)(void*) = nullptr;
   void* argument_ = nullptr;
-  std::exception_ptr error_;
-  bool finished_ = true, cancelled_ = false;
+  bool finished_ = true;
 };
 
 }  // namespace emulator

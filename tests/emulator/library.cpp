@@ -1,0 +1,169 @@
+// The package's CUDA sources as they are, launchers and checks included, built for the emulator: operators
+// ldm_fused_emulated::* on CPU tensors. And for the tests the plan, the device's properties and what was counted.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
+
+#include "machine.h"
+
+// ---- What stands between the sources and torch -------------------------------------------------------------------
+// The names of four functions of torch's C interface are made the emulator's before the sources see them.
+
+namespace {
+
+struct Extent {
+  void* begin;
+  size_t bytes;
+};
+
+Extent extent_of(AtenTensorHandle tensor) {
+  void* begin;
+  int64_t dim, *sizes, *strides, itemsize, elements = 1;
+  aoti_torch_get_data_ptr(tensor, &begin);
+  aoti_torch_get_dim(tensor, &dim);
+  aoti_torch_get_sizes(tensor, &sizes);
+  aoti_torch_get_strides(tensor, &strides);
+  int32_t dtype;
+  aoti_torch_get_dtype(tensor, &dtype);
+  itemsize = dtype == aoti_torch_dtype_float64() ? 8 : dtype == aoti_torch_dtype_float32() ? 4 : 2;
+  for (int64_t axis = 0; axis < dim; ++axis) {
+    if (sizes[axis] == 0) return {begin, 0};
+    elements += (sizes[axis] - 1) * strides[axis];
+  }
+  return {begin, size_t(elements * itemsize)};
+}
+
+constexpr unsigned char kPoison = 0xff;  // a NaN in every dtype
+
+// A kernel may touch the tensors whose pointers its launcher takes. One that is still as it was allocated must be
+// written before it is read.
+AOTITorchError watched_data_ptr(AtenTensorHandle tensor, void** pointer) {
+  const auto [begin, bytes] = extent_of(tensor);
+  const auto* const memory = static_cast<const unsigned char*>(begin);
+  const bool fresh = bytes > 0 && memory[0] == kPoison && !std::memcmp(memory, memory + 1, bytes - 1);
+  emulator::allow(begin, bytes, fresh);
+  *pointer = begin;
+  return 0;
+}
+
+AOTITorchError poisoned_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                      int32_t device_type, int32_t device_index, AtenTensorHandle* tensor) {
+  const AOTITorchError error = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, tensor);
+  if (error) return error;
+  const auto [begin, bytes] = extent_of(*tensor);
+  if (bytes > 0) std::memset(begin, kPoison, bytes);
+  return 0;
+}
+
+// An operator's call begins with its device guard.
+AOTITorchError begin_call(int32_t /*device_index*/, DeviceGuardHandle* guard) {
+  emulator::forget_allowed();
+  *guard = nullptr;
+  return 0;
+}
+
+AOTITorchError end_call(DeviceGuardHandle /*guard*/) { return 0; }
+
+AOTITorchError default_stream(int32_t /*device_index*/, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+}  // namespace
+
+#define aoti_torch_get_data_ptr watched_data_ptr
+#define aoti_torch_empty_strided poisoned_empty_strided
+#define aoti_torch_create_device_guard begin_call
+#define aoti_torch_delete_device_guard end_call
+#define aoti_torch_get_current_cuda_stream default_stream
+
+#include <torch/csrc/stable/library.h>
+
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(name, key, m) _STABLE_TORCH_LIBRARY_IMPL(ldm_fused_emulated, CPU, m, C10_UID)
+
+#include "cuda/group_norm_act.cu"
+
+// ---- Python ------------------------------------------------------------------------------------------------------
+
+namespace py = pybind11;
+using namespace ldm_fused;
+
+namespace {
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "float16") return Dtype::float16;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float64") return Dtype::float64;
+  throw std::invalid_argument("no dtype " + name);
+}
+
+using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // batch, channels, spatial
+
+Shape shape_of(const Sizes& sizes, int64_t groups, bool channels_last) {
+  return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes), groups, channels_last};
+}
+
+py::dict as_dict(const Tiling& t) {
+  py::dict d;
+  d["columns"] = t.columns;
+  d["vector"] = t.vector;
+  d["team"] = t.team;
+  d["block"] = py::make_tuple(t.block_x, t.block_y);
+  d["chunk"] = t.chunk;
+  d["chunks"] = t.chunks;
+  d["grid"] = py::make_tuple(t.grid_x, t.grid_y);
+  return d;
+}
+
+py::dict as_dict(const Plan& plan) {
+  py::dict d;
+  d["reduce"] = as_dict(plan.reduce);
+  d["apply"] = as_dict(plan.apply);
+  d["bytes_read"] = plan.bytes_read;
+  d["bytes_written"] = plan.bytes_written;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(library, m) {
+  m.def("set_device", [](const py::kwargs& properties) {
+    const auto value = [&](const char* name) { return properties[name].cast<int>(); };
+    emulator::device = {value("multiprocessors"),
+                        value("major"),
+                        value("minor"),
+                        value("l2_bytes"),
+                        value("shared_per_multiprocessor"),
+                        value("shared_per_block"),
+                        value("threads_per_multiprocessor")};
+  });
+  m.def("set_order", &emulator::set_order);
+  m.def("observe", &emulator::observe);
+  m.def("take_traffic", [] {
+    py::list launches;
+    for (const emulator::Traffic& t : emulator::take_traffic()) {
+      py::dict d;
+      d["bytes_read"] = t.bytes_read;
+      d["bytes_written"] = t.bytes_written;
+      d["sectors_read"] = t.sectors_read;
+      d["sectors_written"] = t.sectors_written;
+      d["requests"] = t.requests;
+      launches.append(d);
+    }
+    return launches;
+  });
+  m.def("plan_forward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
+                           const std::string& y, bool aligned) {
+    return as_dict(plan_forward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(y), aligned,
+                                {emulator::device.multiprocessors}));
+  });
+  m.def("plan_backward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
+                            const std::string& dy, bool aligned, int sums) {
+    return as_dict(plan_backward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(dy), aligned, sums,
+                                 {emulator::device.multiprocessors}));
+  });
+}
