@@ -14,7 +14,7 @@ endif
 # The tree comes before any installed ldm_fused, in programs that the tests start too.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help build test bench clean toolkit
+.PHONY: help build test bench traffic clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -25,6 +25,9 @@ help: ## this list
 
 test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
+
+traffic: build ## count the bytes that the CUDA kernels move, in the emulator
+	$(PY) benchmarks/traffic.py $(ARGS)
 
 bench: build ## build, then run the benchmark
 	$(PY) benchmarks/bench_fused.py $(ARGS)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from benchmarks import machine, measure
 from benchmarks.autoencoder import AutoencoderKL
-from benchmarks.providers import MEMORY_FORMATS
-from benchmarks.providers import PROVIDERS, Contender, compiled, randomize_norms
+from benchmarks.providers import MEMORY_FORMATS, PROVIDERS, Contender, compiled, randomize_norms
 from benchmarks.report import Cell, Progress, aligned, scaled, times
 
 

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ldm_fused
-from ldm_fused import reference
-
 from benchmarks.workloads import Workload
+from ldm_fused import reference
 
 MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
     "channels_last_3d": torch.channels_last_3d,
 }
+
 
 def group_norm_then_silu(x, num_groups, weight, bias, eps, *, activation="silu"):
     """What careful PyTorch code writes: two kernels, and autograd keeps two tensors."""

@@ -1,6 +1,8 @@
 // What the op is given, without torch: shape, layout and per-channel parameters. Shared by the CPU and CUDA kernels.
 #pragma once
 
+#include <initializer_list>
+
 #include "dtypes.h"
 
 namespace ldm_fused {
@@ -58,6 +60,12 @@ struct Gradient {
 // u = ((x + pre_bias - mean) * rstd * weight + bias) * (1 + scale) + shift
 struct Affine {
   Parameter weight, bias, pre_bias, scale, shift;
+
+  int64_t bytes_per_channel() const {
+    int64_t bytes = 0;
+    for (const Parameter* p : {&weight, &bias, &pre_bias, &scale, &shift}) bytes += p->data ? size_of(p->dtype) : 0;
+    return bytes;
+  }
 };
 
 struct Gradients {

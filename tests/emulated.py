@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from emulator import build
 
-import ldm_fused  # noqa: F401: its schemas are declared again
+from ldm_fused import ops
 
 DEVICES = {  # from NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities
     "H200": dict(multiprocessors=132, major=9, minor=0, l2_bytes=50 << 20, shared_per_multiprocessor=228 << 10,
@@ -20,9 +20,8 @@ DEVICES = {  # from NVIDIA's data sheets and the CUDA programming guide's table 
 SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors are small too
 
 _schemas = torch.library.Library("ldm_fused_emulated", "DEF")
-for _name in ("group_norm_act", "group_norm_act_backward"):
-    _schema = str(getattr(torch.ops.ldm_fused, _name).default._schema)
-    _schemas.define(_schema.removeprefix("ldm_fused::"))
+for _op in (ops.group_norm_act, ops.group_norm_act_backward):
+    _schemas.define(str(_op._schema).removeprefix("ldm_fused::"))
 
 _library = build.load("library")  # registers the kernels
 _library.set_device(**SMALL)
@@ -71,11 +70,12 @@ def _dtype(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def plan_forward(x, num_groups, *, out_dtype=None, aligned=True):
+def plan_forward(x, num_groups, *, out_dtype=None, aligned=True, parameter_bytes=4):
+    """The plan for x: ``parameter_bytes`` are those of one channel's parameters, by default a 16-bit weight and bias."""
     return _library.plan_forward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
-                                 _dtype(out_dtype or x.dtype), aligned)
+                                 _dtype(out_dtype or x.dtype), aligned, parameter_bytes)
 
 
-def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, sums=2):
+def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, parameter_bytes=4, sums=2):
     return _library.plan_backward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
-                                  _dtype(dy_dtype or x.dtype), aligned, sums)
+                                  _dtype(dy_dtype or x.dtype), aligned, parameter_bytes, sums)

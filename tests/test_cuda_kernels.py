@@ -1,4 +1,4 @@
-"""The CUDA kernels under the emulator, in several thread orders and on several devices; the plan, as the pure function that it is."""
+"""The CUDA kernels in the emulator, in several thread orders and on several devices; the plan, a pure function."""
 
 import emulated
 import pytest
@@ -6,6 +6,7 @@ import torch
 from oracle import GRADIENTS, assert_within_bound, laid_out, make_case
 
 from benchmarks import workloads
+
 
 def all_results(case):
     y, mean, rstd = emulated.group_norm_act(*case.arguments())

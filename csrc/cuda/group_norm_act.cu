@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
   if (call.is_empty()) return {call.y, call.mean, call.rstd};
-  const Plan plan = plan_forward(call.shape, call.x_dtype, call.y_dtype, is_aligned(call.x), device_of(x));
+  const Plan plan = plan_forward(call.shape, call.x_dtype, call.y_dtype, is_aligned(call.x),
+                                 call.parameters.affine.bytes_per_channel(), device_of(x));
   const Tensor partials = workspace(2 * partials_of(call.shape, plan.reduce), call.x);
   ForwardParams params{};
   params.x = call.x.data_ptr();
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   if (call.is_empty()) return call.outputs();
   const int sums = call.gradients.pre_bias.data ? 3 : 2;
   const Plan plan = plan_backward(call.shape, call.x_dtype, call.dy_dtype, is_aligned(call.x) && is_aligned(call.dy),
-                                  sums, device_of(x));
+                                  call.parameters.affine.bytes_per_channel(), sums, device_of(x));
   const Tensor partials = workspace(sums * partials_of(call.shape, plan.reduce), call.x);
   const Tensor totals = workspace(sums * call.shape.rows(), call.x);
   const Tensor projections = workspace(2 * call.shape.batch * call.shape.groups, call.x);

@@ -33,8 +33,9 @@ struct Tiling {
 };
 
 struct Plan {
+  const char* tier = "two passes";
   Tiling reduce, apply;
-  int64_t bytes_read, bytes_written;  // predicted traffic of all launches, the small ones included
+  int64_t bytes_read, bytes_written;  // predicted: what all launches' warps ask of global memory
 };
 
 constexpr int kThreads = 256;           // of a streaming block
@@ -101,28 +102,51 @@ constexpr int vector_of(int size) { return 16 / size; }
 
 inline int64_t partials_of(const Shape& shape, const Tiling& reduce) { return shape.rows() * reduce.chunks; }
 
-// Forward: reads x twice, writes y.
-inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, const Device& device) {
+// What the warps of a streaming pass read of their channels before they stream: `channel_bytes` of each channel and
+// `group_bytes` of its group. A warp reads what its lanes have in common once.
+inline int64_t channel_reads(const Shape& shape, const Tiling& t, int64_t channel_bytes, int64_t group_bytes) {
+  const int64_t per_group = shape.channels_per_group();
+  if (t.columns) {
+    const int64_t warps = t.grid_x * t.grid_y * ceil_div(t.block_x * t.block_y, 32);
+    const int64_t lanes = std::min(t.block_x, 32);  // that stand on different channels, `vector` of them one by one
+    const int64_t groups = std::min(lanes, 1 + (lanes - 1) * t.vector / per_group);
+    return warps * t.vector * (lanes * channel_bytes + groups * group_bytes);
+  }
+  const int64_t channels = t.team < 32 ? 32 / t.team : 1;  // of a warp
+  const int64_t warps = ceil_div(shape.rows() * t.chunks * t.team, 32);
+  return warps * (channels * channel_bytes + (1 + (channels - 1) / per_group) * group_bytes);
+}
+
+// Forward: reads x twice, writes y. `parameter_bytes`: of all parameters of one channel.
+inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, int64_t parameter_bytes,
+                         const Device& device) {
   const int sx = size_of(x), sy = size_of(y), sa = x == Dtype::float64 ? 8 : 4;
   Plan plan{};
   plan.reduce = tile(shape, vector_of(sx), aligned, device);
   plan.apply = tile(shape, vector_of(std::min(sx, sy)), aligned, device);
   const int64_t partials = 2 * sa * partials_of(shape, plan.reduce);
   const int64_t statistics = 2 * sa * shape.batch * shape.groups;
-  plan.bytes_read = 2 * sx * shape.elements() + partials + statistics;
+  const int64_t shifts = channel_reads(shape, plan.reduce, sx, 0) + kThreads / 32 * sa * shape.batch * shape.groups;
+  plan.bytes_read =
+      2 * sx * shape.elements() + shifts + partials + channel_reads(shape, plan.apply, parameter_bytes, 2 * sa);
   plan.bytes_written = sy * shape.elements() + partials + statistics;
   return plan;
 }
 
-// Backward: reads x and dy twice, writes dx. `sums` per channel: 2, and a third where pre_bias wants its gradient.
-inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, int sums, const Device& device) {
+// Backward: reads x and dy twice, writes dx and the gradients of the parameters. `sums` per channel: 2, and a third
+// where pre_bias wants its gradient.
+inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, int64_t parameter_bytes, int sums,
+                          const Device& device) {
   const int sx = size_of(x), sy = size_of(dy), sa = x == Dtype::float64 ? 8 : 4;
   Plan plan{};
   plan.reduce = plan.apply = tile(shape, vector_of(std::min(sx, sy)), aligned, device);
   const int64_t partials = sums * sa * partials_of(shape, plan.reduce);
-  const int64_t totals = sums * sa * shape.rows() + 2 * sa * shape.batch * shape.groups;
-  plan.bytes_read = 2 * (sx + sy) * shape.elements() + partials + totals;
-  plan.bytes_written = sx * shape.elements() + partials + totals;
+  const int64_t totals = sums * sa * shape.rows();
+  const int64_t projections = 2 * sa * shape.batch * shape.groups;
+  plan.bytes_read = 2 * (sx + sy) * shape.elements() + channel_reads(shape, plan.reduce, parameter_bytes, 2 * sa) +
+                    partials + totals + projections + 2 * parameter_bytes * shape.rows() +
+                    channel_reads(shape, plan.apply, parameter_bytes, 4 * sa);
+  plan.bytes_written = sx * shape.elements() + partials + totals + projections + parameter_bytes * shape.channels;
   return plan;
 }
 

@@ -49,14 +49,22 @@ def load(name):
     return module
 
 
+def watches():
+    """Whether the emulator watches accesses of memory itself: no sanitizer takes its place."""
+    return "-fsanitize" not in _added_flags()
+
+
+def _added_flags():
+    return os.environ.get("LDM_FUSED_EMULATOR_FLAGS", "")
+
+
 def build(name, root):
     """The library built from the sources under ``root``."""
-    added = os.environ.get("LDM_FUSED_EMULATOR_FLAGS", "")
-    compiler = [*shlex.split(os.environ.get("CXX", "g++")), *shlex.split(FLAGS), *shlex.split(added)]
+    compiler = [*shlex.split(os.environ.get("CXX", "g++")), *shlex.split(FLAGS), *shlex.split(_added_flags())]
     torch_folder = Path(torch.__file__).parent
     includes = [*KERNELS, pybind11.get_include(), sysconfig.get_path("include"), torch_folder / "include"]
     kernel_compiler = [*compiler, *(f"-I{folder}" for folder in includes)]
-    if "-fsanitize" not in added:
+    if watches():
         kernel_compiler += shlex.split(WATCHED)
     with ThreadPoolExecutor() as pool:
         kernels = pool.submit(_make, [*kernel_compiler, "-c", f"tests/emulator/{name}.cpp"], KERNELS, ".o", root)

@@ -121,6 +121,7 @@ py::dict as_dict(const Tiling& t) {
 
 py::dict as_dict(const Plan& plan) {
   py::dict d;
+  d["tier"] = plan.tier;
   d["reduce"] = as_dict(plan.reduce);
   d["apply"] = as_dict(plan.apply);
   d["bytes_read"] = plan.bytes_read;
@@ -157,13 +158,13 @@ PYBIND11_MODULE(library, m) {
     return launches;
   });
   m.def("plan_forward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
-                           const std::string& y, bool aligned) {
+                           const std::string& y, bool aligned, int64_t parameter_bytes) {
     return as_dict(plan_forward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(y), aligned,
-                                {emulator::device.multiprocessors}));
+                                parameter_bytes, {emulator::device.multiprocessors}));
   });
   m.def("plan_backward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
-                            const std::string& dy, bool aligned, int sums) {
-    return as_dict(plan_backward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(dy), aligned, sums,
-                                 {emulator::device.multiprocessors}));
+                            const std::string& dy, bool aligned, int64_t parameter_bytes, int sums) {
+    return as_dict(plan_backward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(dy), aligned,
+                                 parameter_bytes, sums, {emulator::device.multiprocessors}));
   });
 }

@@ -1,0 +1,62 @@
+"""benchmarks/traffic.py: what the emulator counts is what the plan predicts, and is reported as what it is."""
+
+import re
+
+import emulated
+import pytest
+from emulator import build
+
+if not build.watches():
+    pytest.skip("a sanitizer takes the place of the emulator's own watch on memory", allow_module_level=True)
+
+from benchmarks import traffic, workloads
+from benchmarks.workloads import Workload
+
+CASES = [((2, 640, 16, 16), "contiguous"), ((2, 640, 16, 16), "channels_last"), ((1, 320, 45, 8), "channels_last"),
+         ((2, 96, 40, 40), "contiguous"), ((3, 1280, 8, 8), "channels_last"), ((40, 64, 1, 1), "contiguous")]
+
+
+@pytest.mark.parametrize("name", emulated.DEVICES)
+@pytest.mark.parametrize("shape,layout", CASES, ids=str)
+def test_counts_are_what_the_plan_predicted(shape, layout, name):
+    for moved in traffic.measure(Workload("custom", shape), layout, emulated.DEVICES[name]):
+        assert moved.counted_over_planned == pytest.approx(1, abs=traffic.AGREEMENT)
+        assert moved.over_limit > 1 and 0 < moved.sector_efficiency <= 1
+
+
+def test_report(capsys):
+    assert traffic.main(["--suite", "seed"]) == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert sum(row.endswith("two passes") for row in rows) == 4
+    number = r"(\d+\.\d+) x"
+    found = re.fullmatch(f"traffic: forward worst {number}, weighted {number}; backward worst {number}, weighted "
+                         rf"{number}; sector efficiency worst (\d+) %", last)
+    worst, weighted, backward_worst, backward_weighted = map(float, found.groups()[:4])
+    assert 1 <= weighted <= worst and 1 <= backward_weighted <= backward_worst
+
+
+def test_plan_that_is_wrong_is_reported(capsys, monkeypatch):
+    monkeypatch.setattr(traffic, "bytes_of", lambda plan: 2 * (plan["bytes_read"] + plan["bytes_written"]))
+    assert traffic.main(["--suite", "seed"]) == 1
+    assert "The plan predicts other bytes than were counted for 80x256x8x8 contiguous." in capsys.readouterr().out
+
+
+def test_totals_weigh_bytes_not_ratios():
+    total = traffic.Total()
+    total.add(traffic.Moved(limit=100, planned=300, tier="", counted_over_planned=1, sector_efficiency=1), 1)
+    total.add(traffic.Moved(limit=1000, planned=1000, tier="", counted_over_planned=1, sector_efficiency=1), 2)
+    assert total.text == "worst 3.00 x, weighted 1.095 x"  # 2300 bytes where 2100 are the limit
+
+
+def test_small_tensors_are_emulated_as_they_are_and_large_ones_shrink_with_the_device():
+    assert traffic.shrunk((2, 640, 16, 16)) == ((2, 640, 16, 16), 1)
+    shape, factor = traffic.shrunk((1, 512, 16, 180, 320))
+    assert shape[:2] == (1, 512) and shape[2] * shape[3] * shape[4] * 512 <= traffic.LARGEST
+    assert factor == 512
+
+
+def test_each_shape_is_measured_once_and_counts_for_all_its_calls():
+    rows = traffic.distinct(workloads.load())
+    assert len({(w.shape, w.groups) for w, *_ in rows}) == len(rows)
+    assert sum(forward for _, forward, _ in rows) == sum(w.count for w in workloads.load())
+    assert sum(backward for *_, backward in rows) == sum(w.count for w in workloads.load() if w.trained)
