@@ -14,13 +14,13 @@ endif
 # The tree comes before any installed ldm_fused, in programs that the tests start too.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help build test bench traffic clean toolkit
+.PHONY: help build test bench traffic sass clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 	@echo "PYTHON=/path/python uses that interpreter, and whatever torch from 2.11 on it has, in place of .venv."
-	@echo "ARGS='...' is handed to pytest or to benchmarks/bench_fused.py (ARGS=--help lists its options)."
+	@echo "ARGS='...' is handed to pytest, benchmarks/bench_fused.py or tests/check_sass.py (ARGS=--help lists options)."
 	@echo "The build reads FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS."
 
 test: build ## build, then run the tests
@@ -31,6 +31,14 @@ traffic: build ## count the bytes that the CUDA kernels move, in the emulator
 
 bench: build ## build, then run the benchmark
 	$(PY) benchmarks/bench_fused.py $(ARGS)
+
+# Needs nvcc and nvdisasm (all that `cuobjdump -sass` does is to run it), which a part of a toolkit may lack.
+sass: toolkit ## compile the CUDA kernels for every architecture, and check registers, spills and access widths
+ifndef PYTHON
+	@PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin:$$(echo .venv/lib/python*/site-packages/nvidia/cu*/bin)"; \
+	command -v nvdisasm >/dev/null || $(PY) -m pip install nvidia-cuda-nvdisasm
+endif
+	$(PY) tests/check_sass.py $(ARGS)
 
 # --force: by itself setuptools goes by file times, and would keep a binary built for another torch; ninja knows better.
 # Where there are GPUs, only their architectures are compiled (7.5 is the oldest that CUDA 13 knows).
