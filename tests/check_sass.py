@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # that are not aligned, or whose rows are no multiple of 16 bytes, and is narrow for that reason. V > 1 is planned only
 # where every vector is whole: none of its loops has a reason for a narrow access, and the one that takes what an
 # unrolled loop leaves over is judged like it.
-STREAMING = r"(statistics|apply|sums|input_gradient)_(rows|columns)"
+STREAMING = r"(statistics|sums|(?P<writes>apply|input_gradient))_(rows|columns)"
 # Those that see only partial results and parameters.
 SMALL = r"merge_statistics|merge_sums|parameter_gradients"
 
@@ -169,7 +169,8 @@ def streaming_loops(code):
     """The global accesses of each loop that has some, and encloses no other that has some.
 
     Only innermost loops run once a vector. What a loop does around them runs once a unit of work, and may be narrow, as
-    a load of a channel's parameters is. A subroutine that a loop calls is part of it.
+    a load of a channel's parameters is. So may a loop that puts parameters into shared memory: it stores there, and no
+    access of it is wide. A subroutine that a loop calls is part of it.
     """
     after = successors(code)
     before = [[] for _ in after]
@@ -199,7 +200,9 @@ def streaming_loops(code):
                 subroutine = {start} | reachable(start, after, everything)
                 todo += subroutine - loop
                 loop |= subroutine
-        return [code.instructions[i] for i in sorted(loop) if code.instructions[i].is_access]
+        found = [code.instructions[i] for i in sorted(loop) if code.instructions[i].is_access]
+        shares = any(code.instructions[i].kind == "STS" for i in loop)
+        return [] if shares and all(access.width < WIDE for access in found) else found
 
     def innermost(within):
         for loop in cycles(within):
@@ -247,8 +250,12 @@ def faults(function):
         yield f"a stack frame of {function.stack} bytes"
     if function.kernel and not role(function.name):
         yield "named neither in STREAMING nor in SMALL of tests/check_sass.py"
-    if function.kernel and role(function.name) == "streaming" and not function.accesses:
-        yield f"nothing judged: {function.unread or 'it has no loop with global accesses'}"
+    if function.kernel and role(function.name) == "streaming":
+        judged = {access.kind[:2] for access in function.accesses}
+        writes = re.match(STREAMING, function.name)["writes"]
+        for kind, name, there in (("LD", "load", True), ("ST", "store", writes)):
+            if there and kind not in judged:
+                yield f"no {name} judged: {function.unread or f'it has no loop with a global {name}'}"
     narrow = [access for access in function.accesses if access.width < WIDE]
     if narrow:
         yield (f"{len(narrow)} of {len(function.accesses)} streaming accesses narrower than {WIDE} bytes: "

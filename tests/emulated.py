@@ -71,7 +71,7 @@ def _dtype(dtype):
 
 
 def plan_forward(x, num_groups, *, out_dtype=None, aligned=True, parameter_bytes=4):
-    """The plan for x: ``parameter_bytes`` are those of one channel's parameters, by default a 16-bit weight and bias."""
+    """The plan for x. ``parameter_bytes``: of one channel's parameters, by default a weight and a bias in 16 bits."""
     return _library.plan_forward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
                                  _dtype(out_dtype or x.dtype), aligned, parameter_bytes)
 

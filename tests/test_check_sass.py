@@ -115,7 +115,8 @@ def test_a_subroutine_is_part_of_the_loop_that_calls_it():
     assert with_sass("MUFU.RCP R39, R26", "LDG.E R39, desc[UR6][R2.64]") == [
         "1 of 3 streaming accesses narrower than 16 bytes: LDG.E at 0x0210"]
     assert with_sass("CALL.REL.NOINC `($__internal_0_$__cuda_sm20_rcp)", "CALL.ABS.NOINC R2") == [
-        "nothing judged: a loop calls code that is elsewhere: CALL.ABS.NOINC at 0x01a0"]
+        f"no {access} judged: a loop calls code that is elsewhere: CALL.ABS.NOINC at 0x01a0"
+        for access in ("load", "store")]
 
 
 def test_a_loop_that_is_left_by_a_call_ends_there():
@@ -132,7 +133,8 @@ def test_a_jump_back_alone_is_no_loop():
     """ptxas puts rare cases behind the end: their way back is none that runs again."""
     sass = change(change(SASS, "@!P1 BRA `(.L_x_13)", "@P1 BRA `(.L_x_16)"), "@!P0 BRA `(.L_x_14)", "BSYNC B1")
     sass = change(sass, "        /*0240*/                   NOP;", ".L_x_16:\n        /*0240*/  BRA `(.L_x_12) ;")
-    assert check(disassembly=sass) == ["nothing judged: it has no loop with global accesses"]
+    assert check(disassembly=sass) == ["no load judged: it has no loop with a global load",
+                                        "no store judged: it has no loop with a global store"]
 
 
 @pytest.mark.parametrize("instruction,expected", [
@@ -160,7 +162,17 @@ def test_what_can_run_next(instruction, expected):
 
 def test_a_branch_to_an_unknown_place_fails():
     assert with_sass("@!P0 BRA `(.L_x_14)", "BRX R2 -0x10") == [
-        "nothing judged: the disassembly does not say where BRX at 0x01f0 goes"]
+        f"no {access} judged: the disassembly does not say where BRX at 0x01f0 goes" for access in ("load", "store")]
+
+
+def test_a_loop_that_shares_parameters_may_be_narrow_but_tensors_may_not_hide_in_it():
+    """Into shared memory goes what all threads of a block need; a kernel that reads its tensor so reads no other way."""
+    shares = "LDG.E.U16 R4, desc[UR6][R6.64] ;\n        /*0180*/   STS [R2], R4"
+    assert with_sass("LDG.E.128 R4, desc[UR6][R6.64]", shares) == [
+        "1 of 2 streaming accesses narrower than 16 bytes: LDG.E.U16 at 0x0170"]
+    sass = change(SASS, "LDG.E.128 R4, desc[UR6][R6.64]", shares)
+    assert check(disassembly=change(sass, "STG.E.128 desc[UR6][R2.64], R4", "NOP")) == [
+        "no load judged: it has no loop with a global load", "no store judged: it has no loop with a global store"]
 
 
 @pytest.mark.parametrize("opcode,width", [("LDG.E", 4), ("LDG.E.U8", 1), ("STG.E.U16.SYS", 2), ("LDG.E.64.CONSTANT", 8),

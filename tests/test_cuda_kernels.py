@@ -52,7 +52,8 @@ def test_plan_covers_every_workload(workload, layout):
         pytest.skip("no channels_last")
     limit = x.numel() * x.element_size()
     with emulated.device(emulated.DEVICES["H200"]):
-        plans = emulated.plan_forward(x, workload.groups), emulated.plan_backward(x, workload.groups)
+        plans = (emulated.plan_forward(x, workload.groups, parameter_bytes=0),
+                 emulated.plan_backward(x, workload.groups, parameter_bytes=0))
     for plan, minimum in zip(plans, (3 * limit, 5 * limit)):
         for tiling in (plan["reduce"], plan["apply"]):
             assert tiling["vector"] == 8, "16-byte accesses"
@@ -65,8 +66,9 @@ def test_plan_covers_every_workload(workload, layout):
             else:
                 assert tiling["grid"][0] * (threads // tiling["team"]) >= x.shape[0] * x.shape[1] * tiling["chunks"]
         moved = plan["bytes_read"] + plan["bytes_written"]
-        # Two streaming passes, and the partial results, of which small tensors have more so that they fill the chip.
-        assert minimum < moved <= (1.1 if limit > 16 * 2**20 else 1.75) * minimum
+        # Two streaming passes; and what is read or written for each chunk, of which small tensors have more so that
+        # they fill the chip (parameters not counted).
+        assert minimum < moved <= (1.1 if limit > 16 * 2**20 else 2) * minimum
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

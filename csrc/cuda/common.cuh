@@ -11,6 +11,9 @@
 // Where each block keeps a T of its own; the emulator has another way.
 #ifndef LDM_FUSED_SHARED
 #define LDM_FUSED_SHARED(T, name) __shared__ T name
+#define LDM_FUSED_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char ldm_fused_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(ldm_fused_dynamic_shared)
 #endif
 
 namespace ldm_fused {
@@ -28,9 +31,27 @@ __device__ __forceinline__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
+// Left to itself nvcc splits some vector stores into their elements: 16 bytes are stored by one instruction.
+__device__ __forceinline__ void store_16_bytes(void* to, uint4 words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = words;
+#endif
+}
+
 template <class T, int V>
 __device__ __forceinline__ void store(T* to, const Vec<T, V>& v) {
-  *reinterpret_cast<Vec<T, V>*>(to) = v;
+  if constexpr (sizeof(v) % 16 == 0) {
+    uint4 words[sizeof(v) / 16];
+    memcpy(words, &v, sizeof(v));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(v) / 16); ++i) store_16_bytes(reinterpret_cast<uint4*>(to) + i, words[i]);
+  } else {
+    *reinterpret_cast<Vec<T, V>*>(to) = v;
+  }
 }
 
 // ---- Activation -----------------------------------------------------------------------------------------------
@@ -178,6 +199,24 @@ __device__ __forceinline__ Unit column_unit(const Shape& shape, const Tiling& t,
   return unit;
 }
 
+// Columns: computes f(channel) once for each channel of the block, in dynamic shared memory of `columns_shared` bytes,
+// and gives each thread those of its own V channels: what all pixels of a block need is read and computed once, not by
+// each of its warps. All threads of the block must call it.
+template <int V, class F, class T>
+__device__ __forceinline__ void share_columns(const Shape& shape, T (&own)[V], F&& f) {
+  LDM_FUSED_DYNAMIC_SHARED(T, table);
+  const int64_t first = int64_t(blockIdx.y) * blockDim.x * V;
+  const int channels = int(min(int64_t(blockDim.x) * V, shape.channels - first));
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < channels; i += blockDim.x * blockDim.y) {
+    table[i % V * blockDim.x + i / V] = f(first + i);  // so that neighbouring threads read neighbouring entries
+  }
+  __syncthreads();
+  if (int(threadIdx.x) * V < channels) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) own[e] = table[e * blockDim.x + threadIdx.x];
+  }
+}
+
 // Calls f(offset, vectors...) for each of the thread's vectors, one of each tensor at that offset; loads run ahead of
 // their use. `stride` is that of the unit's elements: 1 in rows, the number of channels in columns.
 template <int V, class X, class F>
@@ -223,18 +262,32 @@ __device__ __forceinline__ int64_t partial_index(const Shape& shape, const Tilin
   return t.columns ? (n * t.chunks + k) * shape.channels + c : (n * shape.channels + c) * t.chunks + k;
 }
 
+// The affine map of channel c of sample n, from the statistics in memory.
+template <class A, class Params>
+__device__ __forceinline__ ChannelAffine<A> load_affine(const Params& p, int64_t n, int64_t c) {
+  const int64_t group = p.shape.group(n, c);
+  return channel_affine<A>(p.affine, n, c, static_cast<const A*>(p.mean)[group], static_cast<const A*>(p.rstd)[group]);
+}
+
 // ---- Launching ------------------------------------------------------------------------------------------------
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t stream, const Params& params) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t stream, const Params& params,
+                   size_t shared_bytes = 0) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 inline dim3 grid_of(const Tiling& t) { return dim3(unsigned(t.grid_x), unsigned(t.grid_y)); }
+template <class T>
+size_t columns_shared(const Tiling& t) {  // bytes, see share_columns
+  return t.columns ? size_t(t.block_x) * t.vector * sizeof(T) : 0;
+}
+
 inline dim3 block_of(const Tiling& t) { return dim3(unsigned(t.block_x), unsigned(t.block_y)); }
 
 // Calls f with a value of the storage type of each dtype; only the pairs that the ops accept are compiled: the same

@@ -41,16 +41,16 @@ __device__ __forceinline__ void store_sums(void* array, int64_t index, int sums,
   if (sums == 3) at[2] = value.x;
 }
 
+// What the input gradient needs to know of a channel.
 template <class A>
-__device__ __forceinline__ ChannelAffine<A> load_affine(const BackwardParams& p, int64_t n, int64_t c) {
-  const int64_t group = p.shape.group(n, c);
-  return channel_affine<A>(p.affine, n, c, static_cast<const A*>(p.mean)[group], static_cast<const A*>(p.rstd)[group]);
-}
+struct ChannelGradient {
+  ChannelAffine<A> affine;
+  Projection<A> projection;
+};
 
 template <class A>
-__device__ __forceinline__ Projection<A> load_projection(const BackwardParams& p, int64_t n, int64_t c) {
-  const int64_t group = p.shape.group(n, c);
-  return static_cast<const Projection<A>*>(p.projections)[group];
+__device__ __forceinline__ ChannelGradient<A> load_channel(const BackwardParams& p, int64_t n, int64_t c) {
+  return {load_affine<A>(p, n, c), static_cast<const Projection<A>*>(p.projections)[p.shape.group(n, c)]};
 }
 
 // dy times the activation's derivative at x.
@@ -100,10 +100,7 @@ __global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
   ChannelAffine<A> affine[V];
   GradientSums<A> sums[V]{};
-  if (unit.exists) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) affine[e] = load_affine<A>(p, unit.n, unit.c + e);
-  }
+  share_columns(p.shape, affine, [&](int64_t c) { return load_affine<A>(p, unit.n, c); });
   stream<V>(unit, p.shape.channels, x, dy, [&](int64_t, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
 #pragma unroll
     for (int e = 0; e < V; ++e) {
@@ -171,8 +168,8 @@ __global__ void __launch_bounds__(kThreads) parameter_gradients(BackwardParams p
 
 // dx = slope * dz - k1 - k2 * (x - center)
 template <class X, class A>
-__device__ __forceinline__ X input_gradient(const ChannelAffine<A>& affine, const Projection<A>& projection, A x, A dy,
-                                            bool silu) {
+__device__ __forceinline__ X input_gradient(const ChannelGradient<A>& channel, A x, A dy, bool silu) {
+  const auto& [affine, projection] = channel;
   const A dz = gradient_of_affine<kFast<X>>(affine, x, dy, silu);
   return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center));
 }
@@ -186,13 +183,12 @@ __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p
   const X* x = static_cast<const X*>(p.x) + unit.first;
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
   X* dx = static_cast<X*>(p.dx) + unit.first;
-  const auto affine = load_affine<A>(p, unit.n, unit.c);
-  const auto projection = load_projection<A>(p, unit.n, unit.c);
+  const auto channel = load_channel<A>(p, unit.n, unit.c);
   stream<V>(unit, 1, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
     Vec<X, V> out;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      out.e[e] = input_gradient<X>(affine, projection, A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
+      out.e[e] = input_gradient<X>(channel, A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
     }
     store(dx + at, out);
   });
@@ -203,22 +199,16 @@ template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = column_unit(p.shape, p.apply, /*reverse=*/true);
-  if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
   X* dx = static_cast<X*>(p.dx) + unit.first;
-  ChannelAffine<A> affine[V];
-  Projection<A> projection[V];
-#pragma unroll
-  for (int e = 0; e < V; ++e) {
-    affine[e] = load_affine<A>(p, unit.n, unit.c + e);
-    projection[e] = load_projection<A>(p, unit.n, unit.c + e);
-  }
+  ChannelGradient<A> channel[V];
+  share_columns(p.shape, channel, [&](int64_t c) { return load_channel<A>(p, unit.n, c); });
   stream<V>(unit, p.shape.channels, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
     Vec<X, V> out;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      out.e[e] = input_gradient<X>(affine[e], projection[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
+      out.e[e] = input_gradient<X>(channel[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
     }
     store(dx + at, out);
   });
@@ -231,7 +221,8 @@ cudaError_t launch_sums(const BackwardParams& p, cudaStream_t stream) {
   constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
   const auto kernel = p.reduce.columns ? (p.reduce.vector == 1 ? sums_columns<X, Y, 1> : sums_columns<X, Y, V>)
                                        : (p.reduce.vector == 1 ? sums_rows<X, Y, 1> : sums_rows<X, Y, V>);
-  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p);
+  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p,
+                columns_shared<ChannelAffine<Accumulate<X>>>(p.reduce));
 }
 
 template <class X, class Y>
@@ -240,7 +231,8 @@ cudaError_t launch_input_gradient(const BackwardParams& p, cudaStream_t stream) 
   const auto kernel = p.apply.columns
                           ? (p.apply.vector == 1 ? input_gradient_columns<X, Y, 1> : input_gradient_columns<X, Y, V>)
                           : (p.apply.vector == 1 ? input_gradient_rows<X, Y, 1> : input_gradient_rows<X, Y, V>);
-  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p);
+  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p,
+                columns_shared<ChannelGradient<Accumulate<X>>>(p.apply));
 }
 
 // All of the backward pass for a tensor that is not empty, asynchronously on `stream`.

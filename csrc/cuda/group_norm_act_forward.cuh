@@ -83,12 +83,9 @@ __global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) 
   const Unit unit = column_unit(p.shape, p.reduce);
   const X* x = static_cast<const X*>(p.x) + unit.first;
   A shift[V];
+  const X* first = x - unit.c + unit.chunk * p.reduce.chunk * p.shape.channels;
+  share_columns(p.shape, shift, [&](int64_t c) { return A(widen(first[c])); });
   BatchedMoments<A> moments[V];
-  if (unit.exists) {
-    const Vec<X, V> v = load<X, V>(x + unit.chunk * p.reduce.chunk * p.shape.channels);
-#pragma unroll
-    for (int e = 0; e < V; ++e) shift[e] = widen(v.e[e]);
-  }
   int64_t pixel = unit.begin;
   for (; pixel + (kInFlight - 1) * unit.step < unit.end; pixel += kInFlight * unit.step) {
     Vec<X, V> v[kInFlight];
@@ -164,9 +161,7 @@ __global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
   if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
   Y* y = static_cast<Y*>(p.y) + unit.first;
-  const int64_t group = p.shape.group(unit.n, unit.c);
-  const auto affine = channel_affine<A>(p.affine, unit.n, unit.c, static_cast<const A*>(p.mean)[group],
-                                        static_cast<const A*>(p.rstd)[group]);
+  const auto affine = load_affine<A>(p, unit.n, unit.c);
   stream<V>(unit, 1, x, [&](int64_t at, const Vec<X, V>& in) {
     Vec<Y, V> out;
 #pragma unroll
@@ -180,16 +175,10 @@ template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = column_unit(p.shape, p.apply, /*reverse=*/true);
-  if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
   Y* y = static_cast<Y*>(p.y) + unit.first;
   ChannelAffine<A> affine[V];
-#pragma unroll
-  for (int e = 0; e < V; ++e) {
-    const int64_t group = p.shape.group(unit.n, unit.c + e);
-    affine[e] = channel_affine<A>(p.affine, unit.n, unit.c + e, static_cast<const A*>(p.mean)[group],
-                                  static_cast<const A*>(p.rstd)[group]);
-  }
+  share_columns(p.shape, affine, [&](int64_t c) { return load_affine<A>(p, unit.n, c); });
   stream<V>(unit, p.shape.channels, x, [&](int64_t at, const Vec<X, V>& in) {
     Vec<Y, V> out;
 #pragma unroll
@@ -205,7 +194,7 @@ cudaError_t launch_statistics(const ForwardParams& p, cudaStream_t stream) {
   constexpr int V = vector_of(sizeof(X));
   const auto kernel = p.reduce.columns ? (p.reduce.vector == 1 ? statistics_columns<X, 1> : statistics_columns<X, V>)
                                        : (p.reduce.vector == 1 ? statistics_rows<X, 1> : statistics_rows<X, V>);
-  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p);
+  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p, columns_shared<Accumulate<X>>(p.reduce));
 }
 
 template <class X, class Y>
@@ -213,7 +202,8 @@ cudaError_t launch_apply(const ForwardParams& p, cudaStream_t stream) {
   constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
   const auto kernel = p.apply.columns ? (p.apply.vector == 1 ? apply_columns<X, Y, 1> : apply_columns<X, Y, V>)
                                       : (p.apply.vector == 1 ? apply_rows<X, Y, 1> : apply_rows<X, Y, V>);
-  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p);
+  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p,
+                columns_shared<ChannelAffine<Accumulate<X>>>(p.apply));
 }
 
 // All of the forward pass for a tensor that is not empty, asynchronously on `stream`.

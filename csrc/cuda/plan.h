@@ -102,19 +102,19 @@ constexpr int vector_of(int size) { return 16 / size; }
 
 inline int64_t partials_of(const Shape& shape, const Tiling& reduce) { return shape.rows() * reduce.chunks; }
 
-// What the warps of a streaming pass read of their channels before they stream: `channel_bytes` of each channel and
-// `group_bytes` of its group. A warp reads what its lanes have in common once.
+// What a streaming pass reads of its channels before it streams: `channel_bytes` of each channel and `group_bytes` of
+// its group. Rows read them once a warp, columns once a block; a warp reads what its lanes have in common once.
 inline int64_t channel_reads(const Shape& shape, const Tiling& t, int64_t channel_bytes, int64_t group_bytes) {
   const int64_t per_group = shape.channels_per_group();
+  int64_t readers, channels;  // warps that read, and how many channels each
   if (t.columns) {
-    const int64_t warps = t.grid_x * t.grid_y * ceil_div(t.block_x * t.block_y, 32);
-    const int64_t lanes = std::min(t.block_x, 32);  // that stand on different channels, `vector` of them one by one
-    const int64_t groups = std::min(lanes, 1 + (lanes - 1) * t.vector / per_group);
-    return warps * t.vector * (lanes * channel_bytes + groups * group_bytes);
+    readers = t.grid_x * ceil_div(shape.channels, 32);
+    channels = 32;
+  } else {
+    readers = ceil_div(shape.rows() * t.chunks * t.team, 32);
+    channels = t.team < 32 ? 32 / t.team : 1;
   }
-  const int64_t channels = t.team < 32 ? 32 / t.team : 1;  // of a warp
-  const int64_t warps = ceil_div(shape.rows() * t.chunks * t.team, 32);
-  return warps * (channels * channel_bytes + (1 + (channels - 1) / per_group) * group_bytes);
+  return readers * (channels * channel_bytes + (1 + (channels - 1) / per_group) * group_bytes);
 }
 
 // Forward: reads x twice, writes y. `parameter_bytes`: of all parameters of one channel.
