@@ -13,12 +13,14 @@ says how near to the limit an implementation is. One that reads a tensor twice s
 
 import itertools
 import math
+import timeit
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import Measurement
+from torch.utils.benchmark import timer as synchronized
 
 from benchmarks import machine
 from benchmarks.providers import MEMORY_FORMATS, Contender
@@ -136,6 +138,8 @@ def kept_bytes(contender: Contender, x: Tensor) -> int:
 
 # ---- timing
 
+BLOCK = 2e-3  # seconds between two looks at the clock, each of which waits for the GPU: some 10 us
+
 
 @dataclass
 class Timing:
@@ -157,25 +161,41 @@ class Timing:
 
 @dataclass
 class Turn:
-    """One provider's timers, and what they have measured so far."""
+    """One provider's timers, and the seconds a call that they have measured so far."""
 
-    timers: Dict[str, Timer]
+    timers: Dict[str, timeit.Timer]
     replayed: int = 1
     note: str = ""
-    measured: Dict[str, List[Measurement]] = field(default_factory=lambda: {"wall": [], "device": []})
+    numbers: Dict[str, int] = field(default_factory=dict)
+    times: Dict[str, List[float]] = field(default_factory=lambda: {"wall": [], "device": []})
+
+    def measure(self, seconds: float) -> None:
+        """Blocks of calls for so long with each timer, and at least two of them."""
+        for clock, timer in self.timers.items():
+            if clock not in self.numbers:
+                timer.timeit(1)
+                self.numbers[clock] = max(1, round(BLOCK / timer.timeit(1)))
+            number, blocks = self.numbers[clock], []
+            while len(blocks) < 2 or sum(blocks) < seconds:
+                blocks.append(timer.timeit(number))
+            self.times[clock] += [block / number for block in blocks]
+
+    def timing(self) -> Timing:
+        wall, device = (Measurement(1, self.times[c], None) if self.times[c] else None for c in ("wall", "device"))
+        return Timing(wall, device, self.replayed, self.note)
 
 
-def wall_timer(run: Callable, sets: List[Inputs]) -> Timer:
+def wall_timer(run: Callable, sets: List[Inputs]) -> timeit.Timer:
     """A timer of `run` over the inputs in rotation; the statement is all there is in the loop.
 
     Results are dropped, so the allocator hands the same memory out again, as it does in a model's forward pass. To
     keep them would measure the page faults of fresh memory on a CPU.
     """
     names = {"run": run, "sets": itertools.cycle(sets)}
-    return Timer("run(*next(sets))", globals=names, num_threads=torch.get_num_threads())
+    return timeit.Timer("run(*next(sets))", timer=synchronized, globals=names)
 
 
-def graph_timer(run: Callable, sets: List[Inputs]) -> Timer:
+def graph_timer(run: Callable, sets: List[Inputs]) -> timeit.Timer:
     """A timer of a CUDA graph that holds one call for each of the inputs: no launch or Python time between kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -187,7 +207,7 @@ def graph_timer(run: Callable, sets: List[Inputs]) -> Timer:
     with torch.cuda.graph(graph):
         outputs = [run(*inputs) for inputs in sets]
     # The outputs are kept with the graph: each call of it writes memory of its own.
-    return Timer("graph.replay()", globals={"graph": graph, "outputs": outputs}, num_threads=torch.get_num_threads())
+    return timeit.Timer("graph.replay()", timer=synchronized, globals={"graph": graph, "outputs": outputs})
 
 
 def prepare(run: Callable, sets: List[Inputs], graphs: bool) -> Turn:
@@ -212,14 +232,10 @@ def time_in_turn(
         done, rounds = 0, 5
         while done < rounds:
             for turn in turns.values():
-                for clock, timer in turn.timers.items():
-                    turn.measured[clock].append(timer.blocked_autorange(min_run_time=min_run_time / 5))
+                turn.measure(min_run_time / 5)
             done += 1
-            rounds = enough_rounds(max((t.measured["wall"][0].median for t in turns.values()), default=0), min_run_time)
-    return {
-        name: Timing(merge(turn.measured["wall"]), merge(turn.measured["device"]), turn.replayed, turn.note)
-        for name, turn in turns.items()
-    }
+            rounds = enough_rounds(max((turn.times["wall"][0] for turn in turns.values()), default=0), min_run_time)
+    return {name: turn.timing() for name, turn in turns.items()}
 
 
 def enough_rounds(slowest: float, min_run_time: float) -> int:
@@ -227,10 +243,6 @@ def enough_rounds(slowest: float, min_run_time: float) -> int:
     if slowest < min_run_time:
         return 5
     return 3 if slowest < 5 else 2
-
-
-def merge(measured: List[Measurement]) -> Optional[Measurement]:
-    return Measurement.merge(measured)[0] if measured else None
 
 
 def copy_runner(sets: List[Inputs]) -> Callable[..., None]:
