@@ -12,6 +12,7 @@ sys.path.insert(0 if any((ROOT / "ldm_fused").glob("_C*.so")) else len(sys.path)
 
 from benchmarks import workloads  # noqa: E402  (torch is imported only when it is needed: --help answers at once)
 
+DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = """\
 providers, timed in turn in the same run, each checked against float64 before it is timed:
   eager    the reference as diffusion code writes it: h = norm(x); h * sigmoid(h)
@@ -22,7 +23,7 @@ providers, timed in turn in the same run, each checked against float64 before it
 examples:
   bench_fused.py                                  a two-minute overview
   bench_fused.py --suite sd15-unet-512 --op       every GroupNorm of Stable Diffusion 1.5's UNet
-  bench_fused.py --suite all --layout both --json all.json
+  bench_fused.py --suite all --layout both --dtype bfloat16,float32 --json all.json
   bench_fused.py --shape 4,96,40,40 --dtype bfloat16
   bench_fused.py --model --image picture.png      a whole autoencoder
 """
@@ -41,6 +42,14 @@ def provider_list(text: str):
     if unknown:
         raise argparse.ArgumentTypeError(f"no provider {unknown[0]!r}: choose from {', '.join(workloads.PROVIDERS)}")
     return [name for name in workloads.PROVIDERS if name in names]
+
+
+def dtype_list(text: str):
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in DTYPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no dtype {unknown[0]!r}: choose from {', '.join(DTYPES)}")
+    return names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,10 +74,15 @@ def parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("how").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, float32 on cpu")
+    add("--dtype", type=dtype_list, dest="dtypes", metavar="A,B", help=f"of {', '.join(DTYPES)} (default: bfloat16 on"
+                                                                        " cuda, float32 on cpu)")  # fmt: skip
     add("--layout", choices=["contiguous", "channels_last", "both"], default="contiguous", help="default: contiguous")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--min-run-time", type=float, default=0.25, metavar="S", help="seconds to time each provider for (0.25)")
+    add("--budget", type=float, metavar="S", help="start no case after so many seconds; the suites take turns, so that"
+                                                  " all of them are cut alike")  # fmt: skip
+    add("--prepare", type=int, metavar="N", help="time nothing: compile the cases in N processes, and torch.compile's"
+                                                 " cache will have them for the next run")  # fmt: skip
     add("--image", metavar="FILE", help="picture for --model: .npy, or what Pillow reads (a synthetic one)")
     add("--resolution", type=int, default=256, metavar="P", help="height and width for --model (256)")
 
@@ -96,26 +110,31 @@ def main(argv=None) -> int:
     if args.plot and not charts.available():
         sys.exit("--plot needs matplotlib: pip install matplotlib")
 
+    if args.prepare:
+        print(cases.prepare(args))
+        return 0
+
     environment = machine.describe(args.device)
     print(machine.headline(environment), flush=True)
     if machine.busy():
         print(f"load average {environment['load']}: other programs are running, timings will be noisy", file=sys.stderr)
-    rows, results, failed = [], [], 0
+    rows, model_rows = [], []
+
+    def save(rows) -> None:
+        results = [report.as_dict(row, args.providers) for row in rows] + [row.as_dict() for row in model_rows]
+        if args.json:
+            report.write_json(args.json, environment, results, chosen=len(cases.chosen(args)) if args.levels else 0)
+        if args.csv:
+            report.write_csv(args.csv, environment, results)
+
     if args.levels:
-        rows = cases.run(args)
-        results += [report.as_dict(row, args.providers) for row in rows]
-        failed += sum(cell.failed for row in rows for cell in row.cells.values())
+        rows = cases.run(args, save)
         print(cases.summary(rows, args))
     if args.model:
         model_rows = model.run(args)
-        results += [row.as_dict() for row in model_rows]
-        failed += sum(cell.failed for row in model_rows for cell in row.cells.values())
         print(model.summary(model_rows, args))
-
-    if args.json:
-        report.write_json(args.json, environment, results)
-    if args.csv:
-        report.write_csv(args.csv, environment, results)
+    save(rows)
+    failed = sum(cell.failed for row in [*rows, *model_rows] for cell in row.cells.values())
     if args.plot:
         charts.draw(args.plot, rows, args.providers, environment)
     if failed:
@@ -128,7 +147,7 @@ def complete(args, torch) -> None:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: this torch sees no GPU")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.dtypes = args.dtypes or ["bfloat16" if args.device == "cuda" else "float32"]
     args.levels = [level for level in ("op", "block") if getattr(args, level)]
     if not args.levels and not args.model:
         args.levels = ["op", "block"]

@@ -1,9 +1,14 @@
 """The op and the block: which cases to run, and one case from fresh data to checked and timed."""
 
+import collections
+import concurrent.futures
 import gc
+import math
+import multiprocessing
+import os
 import sys
 import time
-from typing import Dict, Iterator, List, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -11,25 +16,24 @@ from benchmarks import machine, measure, providers, report, workloads
 from benchmarks.report import Cell, Progress, Row
 from benchmarks.workloads import Workload
 
-Case = Tuple[str, str, Workload, str]
-
-
 # Seconds after which the overview that runs without --suite or --shape starts nothing new, to end within two minutes.
 OVERVIEW = 95
+SAVE = 5  # seconds between two savings of what there is
 
 
-def run(args) -> List[Row]:
-    """All cases that the arguments ask for."""
-    todo = list(chosen(args))
+def run(args, save: Callable[[List[Row]], None] = lambda rows: None) -> List[Row]:
+    """All cases that the arguments ask for; `save` gets those that are done, every few seconds."""
+    todo = chosen(args)
     if not todo:
         sys.exit("nothing to run: no chosen shape has that layout, or a block, or is of a model that people train")
-    progress = Progress(len(todo))
-    rows, start = [], time.monotonic()
-    for level, mode, w, layout in todo:
-        row = Row(w, level, mode, layout, args.dtype, getattr(torch, args.dtype).itemsize, args.device)
+    places = {id(row): (args.levels.index(row.level), i) for i, row in enumerate(todo)}
+    in_order = lambda rows: sorted(rows, key=lambda row: places[id(row)])  # noqa: E731
+    progress, limit = Progress(len(todo)), budget(args)
+    rows, start, saved = [], time.monotonic(), time.monotonic()
+    for row in todo if args.budget is None else suites_in_turn(todo):
         progress.show(row.title)
         needed, free = needed_bytes(row), machine.available_bytes(args.device)
-        if is_overview(args) and time.monotonic() - start > OVERVIEW:
+        if time.monotonic() - start > limit:
             break
         try:
             if needed > free:
@@ -37,6 +41,7 @@ def run(args) -> List[Row]:
             check_and_time(row, args, progress)
         except (MemoryError, RuntimeError) as e:
             if not measure.out_of_memory(e):
+                save(in_order(rows))  # a GPU that a kernel has broken gives no more results
                 raise
             reason = measure.first_line(e)
             row.cells = {name: row.cells.get(name) or Cell() for name in args.providers}
@@ -44,21 +49,42 @@ def run(args) -> List[Row]:
                 cell.reason = cell.reason or reason
         rows.append(row)
         progress.step()
+        if time.monotonic() - saved > SAVE:
+            save(in_order(rows))
+            saved = time.monotonic()
     progress.close()
-    return sorted(rows, key=lambda row: args.levels.index(row.level))
+    return in_order(rows)
 
 
-def chosen(args) -> Iterator[Case]:
-    """(level, mode, workload, layout) of everything to run, each distinct call once."""
-    seen = set()
-    for level, w in chosen_workloads(args):
-        modes = [mode for mode in args.modes if mode == "forward" or w.trained or args.train_all]
-        for layout in w.layouts(args.layout):
-            for mode in modes:
-                key = (level, mode, w.call, layout)
-                if key not in seen:
-                    seen.add(key)
-                    yield level, mode, w, layout
+def budget(args) -> float:
+    """Seconds after which no case is started."""
+    return args.budget if args.budget is not None else OVERVIEW if is_overview(args) else math.inf
+
+
+def chosen(args) -> List[Row]:
+    """Everything to run, each distinct call once."""
+    rows: Dict[Tuple, Row] = {}
+    for dtype in args.dtypes:
+        itemsize = getattr(torch, dtype).itemsize
+        for level, w in chosen_workloads(args):
+            modes = [mode for mode in args.modes if mode == "forward" or w.trained or args.train_all]
+            for layout in w.layouts(args.layout):
+                for mode in modes:
+                    row = Row(w, level, mode, layout, dtype, itemsize, args.device)
+                    rows.setdefault((dtype, level, mode, w.call, layout), row)
+    return list(rows.values())
+
+
+def suites_in_turn(rows: List[Row]) -> List[Row]:
+    """One dtype after the other, in it the first case of every suite, then the second of every suite, and so on."""
+    seen: Dict[Tuple, int] = collections.Counter()
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    turns = {}
+    for row in rows:
+        suite = row.dtype, row.workload.suite
+        turns[id(row)] = dtypes.index(row.dtype), seen[suite]
+        seen[suite] += 1
+    return sorted(rows, key=lambda row: turns[id(row)])
 
 
 def chosen_workloads(args) -> List[Tuple[str, Workload]]:
@@ -82,13 +108,14 @@ def needed_bytes(row: Row) -> int:
 
 def check_and_time(row: Row, args, progress: Progress) -> None:
     """Fills in the row: every provider's error, the bytes it keeps, and the time of those that are right."""
-    w, dtype = row.workload, getattr(torch, args.dtype)
+    w, dtype = row.workload, getattr(torch, row.dtype)
     torch.compiler.reset()  # or the limit on recompilations would turn later shapes silently into eager
     make = providers.op_contenders if row.level == "op" else providers.block_contenders
     # Eager is the ruler of the check, so it is run even where it is not asked for.
     contenders, oracle = make(w, list(dict.fromkeys(["eager", *args.providers])), args.device, dtype, row.layout)
-    # A block's time is its convolutions', which no cache can flatter much.
-    limit = 64 if row.level == "op" else 2
+    # On CUDA as many as it takes: the smallest tensor is 300 KB. A block's time is its convolutions', which no cache
+    # can flatter much.
+    limit = 2 if row.level == "block" else 512 if args.device == "cuda" else 64
     sets = measure.make_inputs(w.shape, row.layout, row.mode, args.device, dtype, limit)
 
     runs = check(row, contenders, oracle, sets[0], dtype, progress)
@@ -139,8 +166,9 @@ def summary(rows: List[Row], args) -> str:
     for w in workloads.select(args.suite) if args.suite and not args.shape else []:
         if w.suite not in workloads.SAMPLES:
             suites.setdefault(w.suite, []).append(w)
-    total = len(list(chosen(args)))
-    left_out = f"{total - len(rows)} of {total} cases left out, to end in two minutes: --suite has no limit."
+    total = len(chosen(args))
+    why = "to end in two minutes: --suite has no limit" if args.budget is None else f"after {args.budget:g} s: --budget"
+    left_out = f"{total - len(rows)} of {total} cases left out, {why}."
     parts = [
         report.table(rows, args.providers),
         report.legend(rows),
@@ -150,3 +178,43 @@ def summary(rows: List[Row], args) -> str:
         left_out if len(rows) < total else "",
     ]
     return "\n" + "\n\n".join(filter(None, parts))
+
+
+# ---- torch.compile ahead of time
+
+
+def prepare(args) -> str:
+    """Compiles every case in processes side by side, into torch.compile's cache on disk; says how many."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are parallel enough
+    todo = suites_in_turn(chosen(args))
+    progress, reasons = Progress(len(todo)), []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.prepare, context) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(compile_case, row, args.threads) for row in todo]):
+            progress.step()
+            progress.show("compiled")
+            reasons += filter(None, [done.result()])
+    progress.close()
+    failed = f"; {len(reasons)} failed, the first with {reasons[0]}" if reasons else ""
+    return f"{len(todo) - len(reasons)} of {len(todo)} cases compiled{failed}"
+
+
+def compile_case(row: Row, threads: Optional[int]) -> str:
+    """Calls the compiled provider as `check` does, without comparing; why it failed, or nothing."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.compiler.reset()
+    w, dtype = row.workload, getattr(torch, row.dtype)
+    make = providers.op_contenders if row.level == "op" else providers.block_contenders
+    try:
+        (contender,), _ = make(w, ["compile"], row.device, dtype, row.layout)
+        inputs, *_ = measure.make_inputs(w.shape, row.layout, row.mode, row.device, dtype, limit=1)
+        measure.results(contender, row.mode, inputs)
+        if row.mode == "training":
+            measure.kept_bytes(contender, inputs[0])
+    except Exception as e:
+        return measure.first_line(e)
+    finally:
+        if row.device == "cuda":
+            torch.cuda.empty_cache()
+    return ""

@@ -55,7 +55,17 @@ def draw(path: str, rows: Sequence[Row], names: Sequence[str], environment: Dict
 
 
 def panels(rows: Sequence[Row], names: Sequence[str]) -> List[List[Optional["Panel"]]]:
-    """The panels, line by line; None where there is nothing to show."""
+    """The panels, line by line and one dtype after the other; None where there is nothing to show."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    if len(dtypes) > 1:
+        parts = [(f", {dtype}", [row for row in rows if row.dtype == dtype]) for dtype in dtypes]
+    else:
+        parts = [("", rows)]
+    return [line for suffix, part in parts for line in panels_of(part, names, suffix)]
+
+
+def panels_of(rows: Sequence[Row], names: Sequence[str], suffix: str) -> List[List[Optional["Panel"]]]:
+    """Those of one dtype; `suffix` is the end of their titles."""
 
     def group(level, mode):
         return [r for r in rows if (r.level, r.mode) == (level, mode) and any(r.seconds(n) for n in names)]
@@ -65,12 +75,13 @@ def panels(rows: Sequence[Row], names: Sequence[str]) -> List[List[Optional["Pan
     def speedup(level, mode):
         found = group(level, mode)
         value = lambda row, name: row.speedup("eager", name)  # noqa: E731
-        return Panel(f"{level}, {mode}: speed-up over eager", found, others, value, times) if found and others else None
+        name = f"{level}, {mode}{suffix}: speed-up over eager"
+        return Panel(name, found, others, value, times) if found and others else None
 
     def share(mode):
         found = group("op", mode)
         value = lambda row, name: row.copy_share(name)  # noqa: E731
-        return Panel(f"op, {mode}: share of copy bandwidth", found, names, value, percent) if found else None
+        return Panel(f"op, {mode}{suffix}: share of copy", found, names, value, percent) if found else None
 
     return [
         [speedup("op", "forward"), share("forward")],
@@ -142,7 +153,8 @@ def label(row: Row, rows: Sequence[Row]) -> str:
 def title(rows: Sequence[Row], environment: Dict[str, object]) -> List[str]:
     """What it is, and where it was measured."""
     layouts = {row.layout for row in rows}
-    parts = [rows[0].dtype, *(layouts if len(layouts) == 1 else []), f"torch {environment['torch']}"]
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in rows))
+    parts = [dtypes, *(layouts if len(layouts) == 1 else []), f"torch {environment['torch']}"]
     parts += [f"ldm_fused {environment['ldm_fused']}"]
     threads = f", {counted(environment['threads'], 'thread')}" if rows[0].device == "cpu" else ""
     return ["GroupNorm + SiLU in diffusion models", f"{environment['machine']}{threads}   |   " + "   |   ".join(parts)]

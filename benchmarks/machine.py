@@ -11,13 +11,13 @@ from typing import Dict, Optional
 
 import torch
 
-import ldm_fused
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: str) -> Dict[str, object]:
     """Everything a reader needs to judge a number: goes into each result file."""
+    import ldm_fused  # here, since the rest is also asked before it is built
+
     build = ldm_fused.build_info()
     return {
         "machine": gpu_name() if device == "cuda" else cpu_name(),
@@ -75,14 +75,15 @@ def gpu_name() -> str:
 
 
 def commit() -> Optional[str]:
-    """The commit of this tree, with "+" where the tree has changed since; None without git."""
+    """The commit of this tree, with "+" where the tree has changed since; without git what COMMIT says, or None."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
 
 
 def cache_bytes(device) -> int:

@@ -1,5 +1,6 @@
 """--model: a whole LDM kl-f8 autoencoder with each block implementation in turn."""
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -110,21 +111,20 @@ def run(args) -> List[ModelRow]:
         sys.exit(f"--resolution {args.resolution}: the autoencoder needs a multiple of 8")
     x = picture(args.image, args.resolution)
     layouts = ["contiguous", "channels_last"] if args.layout == "both" else [args.layout]
-    progress = Progress(len(layouts) * len(args.modes) * (len(args.providers) + 1))
+    progress = Progress(len(args.dtypes) * len(layouts) * len(args.modes) * (len(args.providers) + 1))
     rows = []
-    for layout in layouts:
-        contenders = build(list(dict.fromkeys(["eager", *args.providers])), args, layout)
+    for dtype, layout in itertools.product(args.dtypes, layouts):
+        contenders = build(list(dict.fromkeys(["eager", *args.providers])), args, layout, getattr(torch, dtype))
         for mode in args.modes:
-            row = ModelRow(mode, layout, args.dtype, args.device, args.resolution, args.image or "synthetic")
+            row = ModelRow(mode, layout, dtype, args.device, args.resolution, args.image or "synthetic")
             measure_row(row, contenders, x, args, progress)
             rows.append(row)
     progress.close()
     return rows
 
 
-def build(names: List[str], args, layout: str) -> List[Contender]:
+def build(names: List[str], args, layout: str, dtype: torch.dtype) -> List[Contender]:
     """The autoencoder of each provider. The compiled one is the reference model, as a user would compile it."""
-    dtype = getattr(torch, args.dtype)
     torch.compiler.reset()
     weights = None
     contenders = []
@@ -142,7 +142,7 @@ def build(names: List[str], args, layout: str) -> List[Contender]:
 
 def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, args, progress: Progress) -> None:
     """Difference, memory and time of every provider."""
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, row.dtype)
     x = picture.to(args.device, dtype).contiguous(memory_format=MEMORY_FORMATS[row.layout])
     inputs = (x,) if row.mode == "forward" else (x.requires_grad_(), torch.randn_like(x))
     expected, runs = None, {}

@@ -1,8 +1,11 @@
 """What the reader sees: progress, one table, the means, and the same as CSV or JSON."""
 
+import contextlib
 import csv
+import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -222,24 +225,24 @@ def geometric_mean(values: Iterable[float]) -> Optional[float]:
 
 
 def means(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Ours against each baseline over all shapes; large CPU tensors on lines of their own."""
+    """Ours against each baseline over all shapes, a line a dtype; large CPU tensors on lines of their own."""
     lines = []
     baselines = [name for name in names if name != "ours"]
-    for level in ("op", "block"):
-        for mode in ("forward", "training"):
-            for large in (False, True):
-                group = [r for r in rows if (r.level, r.mode, r.large) == (level, mode, large)]
-                group = [r for r in group if r.seconds("ours")]
-                for clock in ("device", "wall"):
-                    speedups = {n: [r.speedup(n, clock=clock) for r in group] for n in baselines}
-                    found = {n: geometric_mean(filter(None, each)) for n, each in speedups.items()}
-                    if not any(found.values()):
-                        continue
-                    size = "over 30 MB" if large else ""
-                    clock_name = f"{clock} time" if any(r.clock == "device" for r in group) else ""
-                    count = f"{len(group)} case{'s' * (len(group) != 1)}"
-                    title = ", ".join(filter(None, [f"{level} {mode}", size, clock_name, count]))
-                    lines.append([title, *(f"{times(value)} {name}" for name, value in found.items() if value)])
+    dtypes = dict.fromkeys(row.dtype for row in rows)
+    for level, mode, dtype, large in itertools.product(("op", "block"), ("forward", "training"), dtypes, (False, True)):
+        group = [r for r in rows if (r.level, r.mode, r.dtype, r.large) == (level, mode, dtype, large)]
+        group = [r for r in group if r.seconds("ours")]
+        for clock in ("device", "wall"):
+            speedups = {n: [r.speedup(n, clock=clock) for r in group] for n in baselines}
+            found = {n: geometric_mean(filter(None, each)) for n, each in speedups.items()}
+            if not any(found.values()):
+                continue
+            size = "over 30 MB" if large else ""
+            clock_name = f"{clock} time" if any(r.clock == "device" for r in group) else ""
+            count = f"{len(group)} case{'s' * (len(group) != 1)}"
+            named = dtype if len(dtypes) > 1 else ""
+            title = ", ".join(filter(None, [f"{level} {mode}", named, size, clock_name, count]))
+            lines.append([title, *(f"{times(value)} {name}" for name, value in found.items() if value)])
     width = max((len(line[0]) for line in lines), default=0)
     if not lines:
         return ""
@@ -250,23 +253,23 @@ def suite_totals(rows: Sequence[Row], suites: Dict[str, List[Workload]], names: 
     """The time of all GroupNorms of one pass of a model: each shape as often as the model calls it."""
     lines = []
     for suite, workloads in suites.items():
-        for layout, mode in sorted({(r.layout, r.mode) for r in rows}):
+        for dtype, layout, mode in sorted({(r.dtype, r.layout, r.mode) for r in rows}):
             found = {}
             for name in names:
-                spent = [(w.count, op_seconds(rows, w, layout, mode, name)) for w in workloads]
+                spent = [(w.count, op_seconds(rows, w, layout, mode, dtype, name)) for w in workloads]
                 if all(seconds for _, seconds in spent):
                     found[name] = sum(count * seconds for count, seconds in spent)
             if "ours" in found and len(found) > 1:
                 each = ", ".join(f"{name} {three_digits(1e3 * value)} ms" for name, value in found.items())
-                lines.append(f"  {suite}, {mode}, {layout}: {each}")
+                lines.append(f"  {suite}, {mode}, {layout}, {dtype}: {each}")
     head = "Every GroupNorm of one pass of the model, each shape as often as it is called:"
     return "\n".join([head, *lines]) if lines else ""
 
 
-def op_seconds(rows: Sequence[Row], w: Workload, layout: str, mode: str, name: str) -> Optional[float]:
+def op_seconds(rows: Sequence[Row], w: Workload, layout: str, mode: str, dtype: str, name: str) -> Optional[float]:
     layout = layout if layout in w.layouts(layout) else "contiguous"
     for r in rows:
-        if (r.level, r.mode, r.layout, r.workload.call) == ("op", mode, layout, w.call):
+        if (r.level, r.mode, r.layout, r.dtype, r.workload.call) == ("op", mode, layout, dtype, w.call):
             return r.seconds(name)
     return None
 
@@ -329,9 +332,18 @@ def as_dict(row: Row, names: Sequence[str]) -> Dict[str, object]:
     }
 
 
-def write_json(path: str, environment: Dict[str, object], results: List[Dict[str, object]]) -> None:
-    with open(path, "w") as file:
-        json.dump({"environment": environment, "results": results}, file, indent=1)
+@contextlib.contextmanager
+def replacing(path: str):
+    """A file that takes the place of the one at `path` when it is complete: a killed run leaves the last one."""
+    with open(f"{path}.part", "w", newline="") as file:
+        yield file
+    os.replace(f"{path}.part", path)
+
+
+def write_json(path: str, environment: Dict[str, object], results: List[Dict[str, object]], chosen: int) -> None:
+    """`chosen`: how many cases there would be without a limit of time."""
+    with replacing(path) as file:
+        json.dump({"environment": environment, "chosen": chosen, "results": results}, file, indent=1)
         file.write("\n")
 
 
@@ -345,7 +357,7 @@ def write_csv(path: str, environment: Dict[str, object], results: List[Dict[str,
     fields: Dict[str, None] = {}
     for line in lines:
         fields.update(dict.fromkeys(line))
-    with open(path, "w", newline="") as file:
+    with replacing(path) as file:
         writer = csv.DictWriter(file, list(fields))
         writer.writeheader()
         writer.writerows(lines)

@@ -18,7 +18,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import autoencoder, bench_fused, measure, model, providers, report, workloads  # noqa: E402
+from benchmarks import autoencoder, bench_fused, cases, measure, model, providers, report, workloads  # noqa: E402
 
 TINY = "--device cpu --dtype float32 --threads 1 --min-run-time 0.001 --shape 2,32,4,4".split()
 UNCOMPILED = ["--providers", "eager,F.silu,ours"]
@@ -222,13 +222,68 @@ def test_the_overview_ends_in_time_and_says_what_it_left_out(capsys, monkeypatch
     assert "2 of 2 cases left out" in capsys.readouterr().out
 
 
+def test_a_budget_lets_the_suites_take_turns(tmp_path, capsys):
+    dtypes = ["--dtype", "bfloat16,float32"]
+    args = bench_fused.parser().parse_args(["--suite", "all", "--op", "--layout", "both", *dtypes])
+    bench_fused.complete(args, torch)
+    rows = cases.chosen(args)
+    turns = cases.suites_in_turn(rows)
+    assert len(turns) == len(rows) and {id(row) for row in turns} == {id(row) for row in rows}
+    assert [row.dtype for row in turns] == ["bfloat16"] * (len(rows) // 2) + ["float32"] * (len(rows) // 2)
+    named = list(dict.fromkeys(row.workload.suite for row in rows))
+    assert [row.workload.suite for row in turns[: len(named)]] == named
+
+    options = ["--suite", "seed", "--op", "--budget", 0, *dtypes, "--json", tmp_path / "r.json"]
+    assert bench_fused.main([*TINY[:-2], *UNCOMPILED, *map(str, options)]) == 0
+    assert "8 of 8 cases left out, after 0 s: --budget" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["chosen"] == 8
+
+
+def test_results_are_saved_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "SAVE", 0)
+    measured, whole = [], cases.check_and_time
+
+    def check_and_time(row, *arguments):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(row)
+        return whole(row, *arguments)
+
+    monkeypatch.setattr(cases, "check_and_time", check_and_time)
+    with pytest.raises(KeyboardInterrupt):
+        bench("--op", "--layout", "both", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+    assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == 3
+    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == 9
+
+
+def test_several_dtypes_have_means_of_their_own(capsys):
+    assert bench("--op", "--forward", "--dtype", "float32,bfloat16") == 0
+    printed = capsys.readouterr().out
+    assert "op forward, float32, 1 case" in printed and "op forward, bfloat16, 1 case" in printed
+
+
+def test_compiling_ahead_says_what_did_not_compile(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # or an earlier run may have compiled it
+    assert bench_fused.main([*TINY, "--op", "--forward", "--prepare", "1"]) == 0
+    assert "0 of 1 cases compiled; 1 failed, the first with " in capsys.readouterr().out
+
+    uncompiled = dataclasses.replace(providers.PROVIDERS["compile"], compiled=False)
+    monkeypatch.setitem(providers.PROVIDERS, "compile", uncompiled)
+    for mode in ("forward", "training"):
+        row = report.Row(workloads.Workload("custom", (2, 32, 4)), "op", mode, "contiguous", "float32", 4, "cpu")
+        assert cases.compile_case(row, None) == ""
+
+
 def test_too_little_memory_is_reported(capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.machine.available_bytes", lambda device: 1)
     assert bench("--op", "--forward") == 0
     assert "MemoryError: needs about" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--shape", "8"], ["--providers", "theirs"], ["--suite", "none"]])
+@pytest.mark.parametrize(
+    "options", [["--shape", "8"], ["--providers", "theirs"], ["--suite", "none"], ["--dtype", "int8"]]
+)
 def test_bad_options_are_refused(options, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench(*options)
