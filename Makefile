@@ -14,13 +14,15 @@ endif
 # The tree comes before any installed ldm_fused, in programs that the tests start too.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help build test bench traffic sass clean toolkit
+OUT ?= build/gpu
+
+.PHONY: help build test bench gpu traffic sass clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 	@echo "PYTHON=/path/python uses that interpreter, and whatever torch from 2.11 on it has, in place of .venv."
-	@echo "ARGS='...' is handed to pytest, benchmarks/bench_fused.py or tests/check_sass.py (ARGS=--help lists options)."
+	@echo "ARGS='...' is handed to pytest, or to the script that the target runs (ARGS=--help lists its options)."
 	@echo "The build reads FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS."
 
 test: build ## build, then run the tests
@@ -39,6 +41,9 @@ ifndef PYTHON
 	command -v nvdisasm >/dev/null || $(PY) -m pip install nvidia-cuda-nvdisasm
 endif
 	$(PY) tests/check_sass.py $(ARGS)
+
+gpu: toolkit ## build, test, sanitize and time on a GPU machine, in 9 minutes; results go to OUT
+	$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
 
 # --force: by itself setuptools goes by file times, and would keep a binary built for another torch; ninja knows better.
 # Where there are GPUs, only their architectures are compiled (7.5 is the oldest that CUDA 13 knows).

@@ -1,0 +1,175 @@
+"""The page that gpu.py writes, in Markdown: from run.json and timings.json alone."""
+
+import collections
+import math
+from typing import Dict, Iterable, List, Optional, Sequence
+
+GOOD = ("passed", "not available")
+BASELINES = {"eager": "eager", "F.silu": "F.silu(F.group_norm(x))", "compile": "torch.compile of that"}
+Groups = Dict[tuple, List[dict]]
+
+
+def summary(run: dict, timings: Optional[dict]) -> str:
+    name = "on a GPU" if run["device"] == "cuda" else "without a GPU: it says nothing about CUDA"
+    parts = [f"# ldm_fused, a run {name}", about(run), stages(run["stages"])]
+    parts += [tests(run.get("tests")), sanitizer(run.get("sanitizer")), speed(timings)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def about(run: dict) -> str:
+    """The machine, the versions, the commit."""
+    m = run["machine"]
+    build = m.get("build", {})
+
+    def named(**texts: str) -> str:
+        return ", ".join(text.format(m[key]) for key, text in texts.items() if m.get(key))
+
+    kernels = f", kernels by nvcc {build['cuda']} for {', '.join(build['cuda_archs'])}" if build.get("cuda") else ""
+    lines = [
+        named(gpu="{}", memory="{}", capability="compute capability {}", driver="driver {}"),
+        named(cpu="{}", cores="{} cores"),
+        named(torch="torch {}", cuda="CUDA {}", python="Python {}") + kernels,
+        f"commit {m.get('commit') or 'unknown'}, {run['started']}, {run['seconds']:.0f} s in all",
+    ]
+    return "  \n".join(filter(None, lines))
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+    """`numbers`: the columns that are flush right."""
+    rule = ["---:" if i in numbers else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+
+
+def stages(found: List[dict]) -> str:
+    lines = []
+    for stage in found:
+        status = stage["status"] if stage["status"] in (*GOOD, "running") else f"**{stage['status']}**"
+        lines.append([stage["name"], status, f"{stage['seconds']:.0f}", "; ".join(stage["notes"]).replace("|", "/")])
+    return table(["stage", "status", "seconds", "notes"], lines, numbers=[2])
+
+
+def tests(found: Optional[dict]) -> str:
+    if not found:
+        return ""
+    text = "Tests: {passed} passed, {failed} failed, {skipped} skipped."
+    used = "Of those that put a tensor on the GPU, {passed} passed and {failed} failed."
+    lines = [f"{text.format(**found)} {used.format(**found['on_gpu'])}", ""]
+    lines += some([f"- failed: `{test}`: {why}" for test, why in found["failures"].items()])
+    lines += some([f"- running when its process died or was ended: `{test}`" for test in found["interrupted"]])
+    lines += some([f"- skipped, {number} times: {why}" for why, number in found["skips"].items()])
+    return "\n".join(lines).strip()
+
+
+def some(lines: List[str], most: int = 10) -> List[str]:
+    """The first of them: it is to be one page."""
+    return lines if len(lines) <= most else [*lines[:most], f"- and {len(lines) - most} more such lines, in run.json"]
+
+
+def counted(things: Iterable[str]) -> Dict[str, int]:
+    """How often there is each, the most frequent first."""
+    return dict(collections.Counter(things).most_common())
+
+
+def sanitizer(found: Optional[dict]) -> str:
+    if not found:
+        return ""
+    lines = []
+    for tool, verdict in found["tools"].items():
+        errors = "n/a" if verdict["errors"] is None else str(verdict["errors"])
+        lines.append([tool, verdict["status"], errors, verdict["why"]])
+    head = table(["compute-sanitizer", "status", "errors", "notes"], lines, numbers=[2])
+    return f"{head}\n\nKernels of csrc/cuda that these calls reach: {found['kernels']}."
+
+
+# ---- timings
+
+
+def speed(timings: Optional[dict]) -> str:
+    """Two tables, by device time and by wall time, and the worst cases."""
+    groups: Groups = {}
+    for result in timings["results"] if timings else []:
+        if result["level"] == "op":
+            groups.setdefault((result["dtype"], result["mode"], result["layout"]), []).append(result)
+    if not groups:
+        return ""
+    results = [result for group in groups.values() for result in group]
+    by_replay = any(result["clock"] == "device" for result in results)
+    clock = "device time (CUDA-graph replay)" if by_replay else "wall time"
+    copies = [result["copy_bytes_per_second"] for result in results if result["copy_bytes_per_second"]]
+    head = ["dtype", "pass", "layout", "cases", "of copy", *(f"vs {name}" for name in BASELINES)]
+    lines = []
+    for key, group in groups.items():
+        shares = [share for result in group if (share := result["providers"]["ours"]["share_of_copy"])]
+        values = [mean_and_worst([100 * share for share in shares], "{:.0f}%")]
+        values += [mean_and_worst(ratios(group, name), "{:.2f}x") for name in BASELINES]
+        lines.append([*key, str(len(group)), *values])
+    parts = [
+        f"The op, by {clock}: the geometric mean over the workloads, and in parentheses the worst of them. of copy: the"
+        f" least bytes that the op can move, over its time, against torch's copy_ in the same run"
+        f" (up to {max(copies, default=0) / 1e9:.0f} GB/s, read and written). vs: how many times as fast as"
+        f" {', '.join(BASELINES.values())}; below 1 is slower.",
+        table(head, lines, numbers=range(3, len(head))),
+        worst_cases(groups),
+    ]
+    if by_replay:
+        lines = []
+        for key, group in groups.items():
+            values = [mean_and_worst(ratios(group, name, "wall_seconds"), "{:.2f}x") for name in BASELINES]
+            lines.append([*key, *values])
+        head = ["dtype", "pass", "layout", *(f"vs {name}" for name in BASELINES)]
+        parts += ["By wall time, as a caller waits:", table(head, lines, numbers=range(3, len(head)))]
+    return "\n\n".join(parts)
+
+
+def mean_and_worst(values: List[float], text: str) -> str:
+    if not values:
+        return "n/a"
+    mean = math.exp(sum(map(math.log, values)) / len(values))
+    return f"{text.format(mean)} ({text.format(min(values))})"
+
+
+def ratios(group: List[dict], name: str, clock: str = "") -> List[float]:
+    """How many times as fast ours is, where both were measured; by the case's own clock if none is named."""
+    found = []
+    for result in group:
+        key = clock or f"{result['clock']}_seconds"
+        ours, other = (result["providers"].get(provider, {}).get(key) for provider in ("ours", name))
+        if ours and other:
+            found.append(other / ours)
+    return found
+
+
+def worst_cases(groups: Groups) -> str:
+    """Of each group the smallest share of the copy's bandwidth, and the slowest case against the best of the others."""
+    lines = []
+    for key, group in groups.items():
+        shares = [(result["providers"]["ours"]["share_of_copy"], shape(result)) for result in group]
+        slower = [
+            (min(sum((ratios([result], name) for name in BASELINES), []), default=None), shape(result))
+            for result in group
+        ]
+        found = []
+        for pairs, text in ((shares, "{:.0%} of copy at {}"), (slower, "{:.2f}x the fastest other at {}")):
+            pairs = [pair for pair in pairs if pair[0]]
+            found += [text.format(*min(pairs))] if pairs else []
+        if found:
+            lines.append(f"- {', '.join(key)}: {'; '.join(found)}")
+    return "\n".join(["Worst cases:", "", *lines])
+
+
+def shape(result: dict) -> str:
+    return "x".join(map(str, result["shape"]))
+
+
+def gaps(timings: Optional[dict]) -> List[str]:
+    """What was not measured, and why."""
+    if not timings:
+        return []
+    results, chosen, notes = timings["results"], timings["chosen"], []
+    if len(results) < chosen:
+        measured = ", ".join(f"{number} {dtype}" for dtype, number in counted(r["dtype"] for r in results).items())
+        notes.append(f"time was out: {chosen - len(results)} of {chosen} cases not measured (measured: {measured})")
+    reasons = counted(f"{name}: {p['reason']}" for r in results for name, p in r["providers"].items() if p["reason"])
+    notes += [f"{number} times {reason}" for reason, number in list(reasons.items())[:5]]
+    by_wall = sum(result["device"] == "cuda" and result["clock"] != "device" for result in results)
+    return [*notes, f"{by_wall} cases compared by wall time, for want of device time"] if by_wall else notes

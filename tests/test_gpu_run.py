@@ -1,0 +1,476 @@
+"""`make gpu` without a GPU: what fails or runs out of time is reported and stops nothing, and no silence is a pass."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_cases
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import gpu, gpu_summary  # noqa: E402
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A Run with these options, which ends what it has started."""
+    monkeypatch.setattr(gpu, "describe", lambda device: {"cores": 4, "commit": "abc", "torch": "2.11"})
+    runs = []
+
+    def start(*options):
+        args = gpu.parser().parse_args(["--out", str(tmp_path / "out"), *options])
+        runs.append(gpu.Run(args))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.finish()
+
+
+def finished(run, code, limit=30.0):
+    job = run.python(f"job {len(run.jobs)}", ["-c", code], limit)
+    run.wait(job)
+    return job
+
+
+def out(tmp_path, name):
+    text = (tmp_path / "out" / name).read_text()
+    return json.loads(text) if name.endswith(".json") else text
+
+
+# ---- commands and stages
+
+
+def test_a_command_passes_fails_or_cannot_start(start):
+    run = start("--device", "cpu")
+    assert finished(run, "print('hello')").status == "passed"
+    assert finished(run, "raise SystemExit(3)").status == "failed"
+    job = run.start("none", ["/no/such/program"], 5)
+    run.wait(job)
+    assert job.status == "failed" and "No such file" in job.output()
+    run.write()
+    log = (run.args.out / "log.txt").read_text()
+    assert "hello" in log and "=== job 1: failed" in log and "=== none: failed" in log
+
+
+def test_a_command_is_ended_at_its_limit_with_all_that_it_started(start, tmp_path):
+    run = start("--device", "cpu")
+    child = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)".format(str(tmp_path / "pid"))
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    job = finished(run, code, limit=3)
+    assert job.status == "timed out" and job.seconds < 10
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_no_limit_is_longer_than_what_is_left(start):
+    assert start("--device", "cpu", "--seconds", "2").python("job", ["-c", ""], 100).limit <= 2
+
+
+def broken(run):
+    raise KeyError("oops")
+
+
+@pytest.mark.parametrize("tests, status", [
+    (broken, "failed"), (lambda run: ("timed out", ["two parts"]), "timed out"),
+    (lambda run: ("not available", []), "not available"), (lambda run: ("passed", []), "passed"),
+])
+def test_a_stage_that_does_not_pass_stops_none(tmp_path, monkeypatch, capsys, tests, status):
+    after = []
+    for name in ("build", "sanitizer", "timings"):
+        monkeypatch.setitem(gpu.STAGES, name, lambda run, name=name: after.append(name) or ("passed", []))
+    monkeypatch.setitem(gpu.STAGES, "tests", tests)
+    exit_status = gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")])
+    assert exit_status == (0 if status in ("passed", "not available") else 1)
+    assert after == ["build", "sanitizer", "timings"]
+    stages = {stage["name"]: stage["status"] for stage in out(tmp_path, "run.json")["stages"]}
+    assert stages == {"build": "passed", "tests": status, "sanitizer": "passed", "timings": "passed"}
+    summary = out(tmp_path, "summary.md")
+    assert status in summary and summary in capsys.readouterr().out
+    assert ("oops" in summary) == (tests is broken)
+
+
+def test_a_run_that_is_stopped_leaves_what_it_had(tmp_path, monkeypatch):
+    def stopped(run):
+        run.data["tests"] = gpu.totals([record("a", "passed")])
+        run.python("long", ["-c", "import time; time.sleep(60)"], 60)
+        sys.exit(1)  # as a signal does
+
+    monkeypatch.setitem(gpu.STAGES, "tests", stopped)
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--stages", "tests,timings", "--out", str(tmp_path / "out")])
+    data = out(tmp_path, "run.json")
+    assert [stage["status"] for stage in data["stages"]] == ["stopped", "not run"] and data["tests"]["passed"] == 1
+    assert "=== long: stopped" in out(tmp_path, "log.txt") and "**not run**" in out(tmp_path, "summary.md")
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_this_one(start, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "timings.json").write_text("{}")
+    start("--device", "cpu")
+    assert not (tmp_path / "out" / "timings.json").exists()
+
+
+def test_a_failed_build_is_reported(start, tmp_path, monkeypatch):
+    (tmp_path / "make").write_text("#!/bin/sh\necho no nvcc, FORCE_CUDA=$FORCE_CUDA\nexit 2\n")
+    (tmp_path / "make").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = start()
+    status, notes = gpu.build(run)
+    assert status == "failed" and "build: failed" in notes and "older binary" in notes[-1]
+    assert "no nvcc, FORCE_CUDA=1" in run.jobs[0].output()  # on a GPU a build without CUDA kernels is no build
+    assert run.data["machine"]["build"]["version"]
+
+
+def test_stages_are_checked_and_kept_in_order():
+    assert gpu.parser().parse_args(["--stages", "timings,build"]).stages == ["build", "timings"]
+    with pytest.raises(SystemExit):
+        gpu.parser().parse_args(["--stages", "nonsense"])
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu.main([])
+
+
+# ---- tests
+
+
+def record(*pairs, chosen=()):
+    """What a part writes down; a test with "gpu" in its id used one."""
+    lines = [{"chosen": list(chosen)}] if chosen else []
+    for i, outcome in zip(pairs[::2], pairs[1::2]):
+        lines.append({"id": i, "outcome": outcome, "why": f"why {i}", "on_gpu": "gpu" in i})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_totals():
+    found = gpu.totals([
+        record("t.py::a[gpu]", "passed", "t.py::b[gpu]", "failed", "u.py", "skipped"),
+        record("t.py::c[cuda]", "skipped", "t.py::a[cpu]", "passed", "t.py::a[cpu]", "failed", "u.py", "skipped",
+               "t.py::d[cuda]", "passed",
+               chosen=["t.py::a[cpu]", "t.py::d", "t.py::e"]) + '{"id": "t.py::d", "outc',
+    ])
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 2, 2)
+    assert found["on_gpu"] == {"passed": 1, "failed": 1, "skipped": 0}
+    assert found["failures"] == {"t.py::a[cpu]": "why t.py::a[cpu]", "t.py::b[gpu]": "why t.py::b[gpu]"}
+    assert found["without_outcome"] == ["t.py::d", "t.py::e"] and found["interrupted"] == ["t.py::d"]
+
+
+@pytest.mark.parametrize("text, reason", [
+    (record("a[cuda]", "skipped", "a[cpu]", "passed"), "no test that used the GPU passed"),
+    (record("a[cuda]", "passed"), "no test that used the GPU passed"),
+    (record("a[gpu]", "passed", "b", "failed"), "1 failed"),
+    (record("a[gpu]", "passed", chosen=["a[gpu]", "b"]), "1 have no outcome: their process died, or was ended"),
+])
+def test_what_is_no_pass(text, reason):
+    found = gpu.totals([text])
+    assert gpu.judged(found, "cuda") == [reason]
+    assert gpu.judged(gpu.totals([""]), "cpu") == ["no test passed"]
+    assert gpu.judged(gpu.totals([record("a[cuda]", "skipped", "b", "passed")]), "cpu") == []
+
+
+SUITE = """
+import os, pytest, sys, types
+stats = {"allocation.all.allocated": 100}
+cuda = types.SimpleNamespace(is_initialized=lambda: True, memory_stats=lambda: stats)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)  # stands in for one that has a GPU
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not os.environ.get("PRETEND"):
+        pytest.skip("no CUDA device")
+    return request.param
+@pytest.mark.parametrize("i", range(6))
+def test_it(device, i):
+    stats["allocation.all.allocated"] += device == "cuda"
+"""
+
+
+@pytest.mark.parametrize("pretend, more, status", [
+    ("", "", "failed"),
+    ("1", "", "passed"),
+    ("1", "def test_that_fails():\n    assert 1 == 2\n", "failed"),
+    ("1", "def test_that_dies():\n    os._exit(0)\n", "failed"),
+    ("1", "import no_such_module\n", "failed"),
+], ids=["all skipped", "good", "failing", "dying", "unimportable"])
+def test_the_suite_in_parts(start, tmp_path, monkeypatch, pretend, more, status):
+    (tmp_path / "test_suite.py").write_text(SUITE + more)
+    monkeypatch.setenv("PRETEND", pretend)
+    stages = "tests,timings" if "fails" in more else "tests"
+    run = start("--stages", stages, "--pytest", f"{tmp_path} --rootdir {tmp_path}")
+    found, notes = gpu.tests(run)
+    totals = run.data["tests"]
+    assert ("--prepare" in str([job.command for job in run.jobs])) == ("timings" in stages)
+    assert found == status and (status == "passed") == (not notes)
+    if more.startswith("import"):
+        assert "no_such_module" in totals["failures"]["test_suite.py"]
+    else:
+        ended = totals["passed"] + totals["skipped"] + totals["failed"]
+        assert ended + len(totals["without_outcome"]) == 12 + bool(more)
+        assert totals["on_gpu"] == {"passed": 6 * bool(pretend), "failed": 0, "skipped": 0} or "dies" in more
+    if "fails" in more:
+        assert totals["failures"] == {"test_suite.py::test_that_fails": "assert 1 == 2"}
+    if "dies" in more:
+        assert totals["interrupted"] == ["test_suite.py::test_that_dies"]
+        assert "`test_suite.py::test_that_dies`" in gpu_summary.tests(totals)
+    if not pretend:
+        assert notes == ["no test that used the GPU passed"] and totals["skips"] == {"no CUDA device": 6}
+
+
+def test_a_suite_that_hangs_is_ended(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu.LIMITS, "tests", 8)
+    monkeypatch.setattr(gpu, "WRITE", 0.5)
+    totals, seen = gpu.totals, []
+    monkeypatch.setattr(gpu, "totals", lambda records: seen.append(totals(records)) or seen[-1])
+    (tmp_path / "test_suite.py").write_text("import time\ndef test_a(): pass\ndef test_hangs(): time.sleep(60)\n")
+    run = start("--device", "cpu", "--pytest", f"{tmp_path} --rootdir {tmp_path}")
+    status, notes = gpu.tests(run)
+    assert status == "timed out" and notes == ["1 have no outcome: their process died, or was ended"]
+    assert run.data["tests"]["passed"] == 1 == seen[-3]["passed"] and len(seen) > 5  # written while it ran, too
+
+
+# ---- compute-sanitizer
+
+CLEAN = "========= COMPUTE-SANITIZER\ncases right: 116\n========= ERROR SUMMARY: 0 errors\n"
+OUTSIDE = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at void ldm_fused::statistics_rows<float, (int)4>(ldm_fused::ForwardParams)+0x310
+=========     by thread (0,0,0) in block (2,0,0)
+=========     Address 0x7f1e2b008000 is out of bounds
+========= ERROR SUMMARY: 32 errors
+"""
+UNWRITTEN = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at void ldm_fused::statistics_rows<float, (int)4>(ldm_fused::ForwardParams)+0x310
+cases right: 116
+========= ERROR SUMMARY: 1 error
+"""
+RACES = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at void ldm_fused::merge_statistics<float>(...)+0x90
+=========     and Read access at void ldm_fused::merge_statistics<float>(...)+0x110 [64 hazards]
+cases right: 116
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+NO_RACES = "cases right: 116\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+REFUSED = ('========= Error: Device not supported. Please refer to the "Supported Devices" section of the sanitizer '
+           "documentation\n")
+
+
+@pytest.mark.parametrize("log, ended, sign, status, errors", [
+    (CLEAN, "passed", "", "passed", 0),
+    (NO_RACES, "passed", "", "passed", 0),
+    (OUTSIDE, "failed", "", "failed", 32),
+    (UNWRITTEN, "passed", "", "failed", 1),
+    (RACES, "failed", "", "failed", 1),
+    (CLEAN, "timed out", "", "timed out", 0),
+    (CLEAN, "failed", "", "failed", 0),
+    (CLEAN.replace("cases right", "Error"), "passed", "", "failed", 0),
+    ("Traceback ...\nAssertionError: y\n", "failed", "", "failed", None),
+    (REFUSED, "failed", "", "not available", None),
+    (OUTSIDE, "failed", r"Invalid .*read", "passed", 32),
+    (UNWRITTEN, "failed", "Uninitialized", "passed", 1),
+    (CLEAN, "passed", "Uninitialized", "failed", 0),  # a tool that looks at none of our kernels finds no mistake
+    (RACES, "failed", "Uninitialized", "failed", 1),
+])
+def test_what_a_tool_says(log, ended, sign, status, errors):
+    verdict = gpu.sanitized(log, ended, sign)
+    assert (verdict["status"], verdict["errors"]) == (status, errors)
+
+
+FAKE = r"""#!/bin/sh
+echo "$@" >>ARGUMENTS
+echo "caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING" >>ARGUMENTS
+case "$* " in
+*"outside "*) echo "========= Invalid __global__ read"; echo "========= ERROR SUMMARY: 2 errors"; exit 99;;
+*"unwritten "*) UNWRITTEN ;;
+*"racecheck "*) echo "cases right: 5"; echo "========= RACECHECK SUMMARY: HAZARDS displayed (0 errors)";;
+*) echo "cases right: 5"; echo "========= ERROR SUMMARY: 0 errors";;
+esac
+"""
+FOUND = 'echo "========= Uninitialized __global__ memory read"; echo "========= ERROR SUMMARY: 1 error"'
+UNSEEN = 'echo "========= ERROR SUMMARY: 0 errors"'
+
+
+@pytest.mark.parametrize("hazards, unwritten, status, note", [
+    ("0 hazards", FOUND, "passed", None),
+    ("3 hazards", FOUND, "failed", "racecheck: 3 errors"),
+    ("0 hazards", UNSEEN, "failed", "initcheck, a mistake on purpose: the mistake went unseen"),
+    ("0 hazards", "sleep 60", "timed out", "initcheck, a mistake on purpose: it ran out of time"),
+])
+def test_the_tools_run(start, tmp_path, monkeypatch, hazards, unwritten, status, note):
+    fake = tmp_path / "compute-sanitizer"
+    replaced = {"ARGUMENTS": str(tmp_path / "arguments"), "HAZARDS": hazards, "UNWRITTEN": unwritten}
+    text = FAKE
+    for name, value in replaced.items():
+        text = text.replace(name, value)
+    fake.write_text(text)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(gpu.LIMITS, "sanitizer", 5)
+    (tmp_path / "small_cases.py").write_text("print('kernels run: 3 of 4; not run: apply_rows')")
+    monkeypatch.setattr(gpu, "SMALL_CASES", tmp_path / "small_cases.py")
+    run = start()
+    found, notes = gpu.sanitizer(run)
+    assert found == status and notes == ([note] if note else [])
+    called = (tmp_path / "arguments").read_text()
+    for tool in gpu.TOOLS:
+        assert f"--tool {tool} " in called
+    assert called.count("--kernel-name kns=ldm_fused") == called.count("caching off: 1") == 6
+    assert len({line.split("--port ")[1].split()[0] for line in called.splitlines() if "--port" in line}) == 6
+    summary = gpu_summary.summary(run.data, None)
+    assert "| memcheck | passed | 0 | 5 cases right |" in summary and "reach: 3 of 4; not run: apply_rows." in summary
+
+
+def test_without_the_tools_the_stage_is_not_available(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu.sanitizer(start()) == ("not available", ["compute-sanitizer is not installed"])
+    assert gpu.sanitizer(start("--device", "cpu")) == ("not available", ["it needs a GPU"])
+
+
+def test_the_small_cases_are_right_and_every_kernel_has_a_name():
+    assert small_cases.run_all("cpu", small_cases.SHAPES[1:4]) == 40
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    names = small_cases.kernel_names()
+    assert len(names) == sources.count("__global__") > 0 and all(f" {name}(" in sources for name in names)
+
+
+# ---- timings
+
+
+def test_timings_on_the_cpu(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cases = "--shape 2,32,4,4 --forward --providers eager,F.silu,ours --threads 1 --min-run-time 0.001"
+    run = start("--device", "cpu", "--bench", cases)
+    assert gpu.timings(run) == ("passed", ["no plot: matplotlib is not installed"])
+    found = out(tmp_path, "timings.json")
+    assert [(r["dtype"], r["layout"]) for r in found["results"]] == [
+        (dtype, layout) for dtype in ("bfloat16", "float32") for layout in ("contiguous", "channels_last")
+    ]
+    assert found["chosen"] == 4 and len(out(tmp_path, "timings.csv").splitlines()) == 1 + 4 * 3
+    run.write()
+    summary = out(tmp_path, "summary.md")
+    assert "| bfloat16 | forward | channels_last | 1 |" in summary and "says nothing about CUDA" in summary
+
+
+@pytest.mark.parametrize("code, note", [
+    ("import time; time.sleep(60)", "compiling ahead for torch.compile was stopped"),
+    ("raise SystemExit(1)", "compiling ahead for torch.compile failed"),
+    ("", "nothing was measured"),
+])
+def test_compiling_ahead_ends_before_anything_is_timed(start, code, note):
+    run = start("--device", "cpu", "--bench=--no-such-option")
+    run.prepare = run.python("prepare", ["-c", code], 60)
+    if "sleep" not in code:
+        run.wait(run.prepare)
+    status, notes = gpu.timings(run)
+    assert status == "failed" and note in notes and not run.prepare.running()
+    assert any("compiling ahead" in n for n in notes) == (code != "")
+
+
+def test_no_time_for_timings_is_a_failure(start):
+    run = start("--device", "cpu", "--seconds", "0")
+    status, notes = gpu.timings(run)
+    assert status in ("failed", "timed out") and notes[-1] == "nothing was measured"
+
+
+def result(shape, times, *, dtype="bfloat16", mode="forward", clock="device", share=0.5, reason=""):
+    """A case: of each provider the device and the wall time; None where it was not measured."""
+    providers = {}
+    for name, (device, wall) in times.items():
+        providers[name] = {"device_seconds": device, "wall_seconds": wall, "reason": "" if wall else reason,
+                           "share_of_copy": share if name == "ours" else None}
+    return {"level": "op", "mode": mode, "layout": "contiguous", "dtype": dtype, "device": "cuda", "clock": clock,
+            "shape": shape, "copy_bytes_per_second": 2e12, "providers": providers}
+
+
+TIMINGS = {
+    "chosen": 5,
+    "results": [
+        result([1, 64], {"eager": (4, 8), "F.silu": (2, 4), "compile": (1, 2), "ours": (1, 4)}, share=0.9),
+        result([2, 64], {"eager": (1, 8), "F.silu": (2, 4), "compile": (None, None), "ours": (1, 4)}, share=0.4,
+               reason="out of memory"),
+        result([3, 64], {"eager": (3, 3), "ours": (6, 6)}, dtype="float32", mode="training", clock="wall"),
+    ],
+}
+RUN = {
+    "device": "cuda",
+    "started": "2026-01-02 03:04:05 UTC",
+    "seconds": 400.0,
+    "machine": {"gpu": "NVIDIA H100", "driver": "580.1", "torch": "2.11.0", "cuda": "13.0", "commit": "abc+",
+                "build": {"cuda": "13.0", "cuda_archs": ["9.0"]}},
+    "stages": [{"name": "tests", "status": "failed", "seconds": 61.4, "notes": ["1 failed"]},
+               {"name": "timings", "status": "not run", "seconds": 0, "notes": []}],
+    "tests": {"passed": 10, "failed": 1, "skipped": 2, "on_gpu": {"passed": 4, "failed": 1, "skipped": 0},
+              "failures": {"t.py::a[cuda]": "assert 1 == 2"}, "interrupted": [], "without_outcome": [],
+              "skips": {"one GPU only": 2}},
+}
+
+
+def test_the_summary_says_what_there_is():
+    summary = gpu_summary.summary(RUN, TIMINGS)
+    for line in (
+        "NVIDIA H100, driver 580.1  ", "torch 2.11.0, CUDA 13.0, kernels by nvcc 13.0 for 9.0  ",
+        "commit abc+, 2026-01-02 03:04:05 UTC, 400 s in all", "| tests | **failed** | 61 | 1 failed |",
+        "| timings | **not run** | 0 |  |", "- failed: `t.py::a[cuda]`: assert 1 == 2",
+        "- skipped, 2 times: one GPU only",
+        "Tests: 10 passed, 1 failed, 2 skipped. Of those that put a tensor on the GPU, 4 passed and 1 failed.",
+        # by device time: sqrt(0.9 * 0.4), sqrt(4 * 1), 2 and 2, and one case
+        "| bfloat16 | forward | contiguous | 2 | 60% (40%) | 2.00x (1.00x) | 2.00x (2.00x) | 1.00x (1.00x) |",
+        "| float32 | training | contiguous | 1 | 50% (50%) | 0.50x (0.50x) | n/a | n/a |",
+        "- bfloat16, forward, contiguous: 40% of copy at 2x64; 1.00x the fastest other at 1x64",
+        "| bfloat16 | forward | contiguous | 2.00x (2.00x) | 1.00x (1.00x) | 0.50x (0.50x) |",
+    ):
+        assert line in summary.splitlines(), line
+    assert "up to 2000 GB/s" in summary
+
+
+def test_the_summary_has_no_numbers_where_there_are_none():
+    run = {**RUN, "machine": {}, "tests": None}
+    for timings in (None, {"chosen": 5, "results": []}):
+        summary = gpu_summary.summary(run, timings)
+        assert "commit unknown" in summary and "vs eager" not in summary and "Tests:" not in summary
+
+
+def test_the_summary_stays_one_page():
+    failures = {f"t.py::t[{i}]": "why" for i in range(500)}
+    summary = gpu_summary.summary({**RUN, "tests": {**RUN["tests"], "failures": failures}}, TIMINGS)
+    assert "and 490 more such lines" in summary and len(summary.splitlines()) < 70
+
+
+def test_what_was_not_measured_is_said():
+    assert gpu_summary.gaps(TIMINGS) == [
+        "time was out: 2 of 5 cases not measured (measured: 2 bfloat16, 1 float32)",
+        "1 times compile: out of memory",
+        "1 cases compared by wall time, for want of device time",
+    ]
+    assert gpu_summary.gaps(None) == []
+
+
+# ---- the command
+
+
+def test_help_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and "summary.md" in done.stdout, done.stderr
