@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,32 @@ def test_fast_math(emulator):
 def test_one_order_gives_the_same_bits_as_another(emulator, rows):
     first, *others = in_all_orders(emulator, lambda: emulator.normalize(rows))
     assert all(np.array_equal(first, other) for other in others)
+
+
+def toolkit_headers():
+    """A folder with the CUDA toolkit's headers, or None."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *sys.path]
+    for pattern in ("include", "nvidia/cu[0-9]*/include"):
+        for home in filter(None, homes):
+            for folder in sorted(Path(home).glob(pattern)):
+                if (folder / "cuda_fp16.h").exists() and (folder / "nv" / "target").exists():
+                    return folder
+    return None
+
+
+@pytest.mark.skipif(toolkit_headers() is None, reason="no CUDA toolkit's headers")
+def test_conversions_are_the_toolkits_own():
+    rng = np.random.default_rng()
+    values = rng.integers(0, 2**32, 2**19, np.uint32).view(np.float32)  # of any magnitude, subnormals and NaN among them
+    near_half = rng.normal(0, 1, 2**17).astype(np.float32) * np.float32(2.0) ** rng.integers(-28, 18, 2**17)
+    values = np.concatenate([values, near_half.astype(np.float32)])
+    half, our_half, bfloat16, our_bfloat16, *widened = build.load("toolkit_halves", toolkit_headers()).convert(values)
+    number = ~np.isnan(values)
+    for toolkit, ours in ((half, our_half), (bfloat16, our_bfloat16)):
+        np.testing.assert_array_equal(toolkit[number], ours[number])
+    assert (our_half[~number] & 0x7FFF > 0x7C00).all() and (our_bfloat16[~number] & 0x7FFF > 0x7F80).all()
+    for toolkit, ours in (widened[:2], widened[2:]):
+        np.testing.assert_array_equal(toolkit, ours)  # all 2^16 of them, eight times and more; NaN where NaN
 
 
 # ---- Traffic

@@ -34,15 +34,17 @@ WATCHED = (  # of kernels: the compiler calls callbacks.cpp at each access of me
 
 
 @functools.cache
-def load(name):
+def load(name, *folders):
     """The module built from tests/emulator/<name>.cpp; it is built again when a source or a flag has changed.
 
-    CXX names the compiler (default g++). LDM_FUSED_EMULATOR_FLAGS adds flags; with a -fsanitize among them, the
+    ``folders`` are looked into for headers last.
+
+    CXX names the compiler (default g++), LDM_FUSED_EMULATOR_ROOT another tree with the sources. LDM_FUSED_EMULATOR_FLAGS adds flags; with a -fsanitize among them, the
     emulator does not watch memory itself. With -fsanitize=address the interpreter must be started with
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" and
     ASAN_OPTIONS=detect_leaks=0. Raises RuntimeError with the compiler's messages.
     """
-    library = build(name, ROOT)
+    library = build(name, folders, Path(os.environ.get("LDM_FUSED_EMULATOR_ROOT", ROOT)))
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,11 +60,11 @@ def _added_flags():
     return os.environ.get("LDM_FUSED_EMULATOR_FLAGS", "")
 
 
-def build(name, root):
+def build(name, folders, root):
     """The library built from the sources under ``root``."""
     compiler = [*shlex.split(os.environ.get("CXX", "g++")), *shlex.split(FLAGS), *shlex.split(_added_flags())]
     torch_folder = Path(torch.__file__).parent
-    includes = [*KERNELS, pybind11.get_include(), sysconfig.get_path("include"), torch_folder / "include"]
+    includes = [*KERNELS, pybind11.get_include(), sysconfig.get_path("include"), torch_folder / "include", *folders]
     kernel_compiler = [*compiler, *(f"-I{folder}" for folder in includes)]
     if watches():
         kernel_compiler += shlex.split(WATCHED)

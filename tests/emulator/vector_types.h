@@ -1,6 +1,12 @@
 // The toolkit's vector types, with its sizes and alignments.
 #pragma once
 
+// The toolkit's headers for half and bfloat16 may be used: what they include beside these types stays out.
+#define __VECTOR_TYPES_H__
+#define __VECTOR_FUNCTIONS_H__
+#define __CUDA_RUNTIME_H__
+#define __CUDA_RUNTIME_API_H__
+
 #include <cstdint>
 
 #define EMULATOR_VECTOR2(name, T)      \

@@ -1,0 +1,49 @@
+// For tests/check_mutants.py, which writes these into a copy of the kernels: mistakes that are made when they are asked
+// for. One build holds all of them; LDM_FUSED_MUTANT names the one to make.
+#pragma once
+
+#include <cstdlib>
+
+namespace mutation {
+
+inline const int wanted = std::getenv("LDM_FUSED_MUTANT") ? std::atoi(std::getenv("LDM_FUSED_MUTANT")) : -1;
+
+// `a < bound(k) < b` is a < b; mutant k makes it a < b + 1, mutant k + 1 makes it a < b - 1.
+struct Bound {
+  int delta;
+};
+
+// Functions of their own, because the emulator watches what a kernel reads.
+__attribute__((noinline, no_sanitize("thread"))) inline bool is(int mutant) { return wanted == mutant; }
+
+__attribute__((noinline, no_sanitize("thread"))) inline Bound bound(int mutant) {
+  return {wanted == mutant ? 1 : wanted == mutant + 1 ? -1 : 0};
+}
+
+template <class T>
+struct Left {
+  T value;
+  int delta;
+};
+
+#define MUTATION_COMPARISON(op)                                 \
+  template <class T>                                            \
+  Left<T> operator op(T value, Bound bound) {                   \
+    return {value, bound.delta};                                \
+  }                                                             \
+  template <class T, class U>                                   \
+  bool operator op(Left<T> left, U right) {                     \
+    return left.value op static_cast<U>(right + U(left.delta)); \
+  }
+MUTATION_COMPARISON(<)
+MUTATION_COMPARISON(<=)
+MUTATION_COMPARISON(>)
+MUTATION_COMPARISON(>=)
+#undef MUTATION_COMPARISON
+
+template <class A, class B>
+auto least(int mutant, A a, B b) {
+  return min(a, b) + bound(mutant).delta;
+}
+
+}  // namespace mutation
