@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
 
-.PHONY: help build test bench gpu traffic sass clean toolkit
+.PHONY: help build test bench gpu traffic sass mutants clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -41,6 +41,9 @@ ifndef PYTHON
 	command -v nvdisasm >/dev/null || $(PY) -m pip install nvidia-cuda-nvdisasm
 endif
 	$(PY) tests/check_sass.py $(ARGS)
+
+mutants: build ## make one mistake at a time in the CUDA kernels, and show that the tests catch it
+	$(PY) tests/check_mutants.py
 
 gpu: toolkit ## build, test, sanitize and time on a GPU machine, in 9 minutes; results go to OUT
 	$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)

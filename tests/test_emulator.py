@@ -12,7 +12,7 @@ pytest.importorskip("pybind11", reason="the emulator is built with pybind11")
 from emulator import build  # noqa: E402
 
 watched = pytest.mark.skipif(not build.watches(),
-                             reason="a sanitizer takes the place of the emulator's own watch on memory")
+                             reason="AddressSanitizer takes the place of the emulator's own watch")
 
 ORDERS = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
 

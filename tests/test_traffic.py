@@ -7,7 +7,7 @@ import pytest
 from emulator import build
 
 if not build.watches():
-    pytest.skip("a sanitizer takes the place of the emulator's own watch on memory", allow_module_level=True)
+    pytest.skip("AddressSanitizer takes the place of the emulator's own watch", allow_module_level=True)
 
 from benchmarks import traffic, workloads
 from benchmarks.workloads import Workload

@@ -111,7 +111,8 @@ __device__ __forceinline__ T shuffle_down(const T& value, int offset, int width)
 }
 
 // Merges the values of a team (a power of two up to 32 neighbouring lanes, or the whole block) in a fixed order. The
-// result is the team's first thread's. All threads of the team's warps must call it.
+// result is the team's first thread's. All threads of the team's warps must call it, and for a block once in a kernel:
+// a second call would need a barrier before it.
 template <class T>
 __device__ __forceinline__ T team_reduce(T value, int team) {
   const int width = team < 32 ? team : 32;
@@ -125,7 +126,6 @@ __device__ __forceinline__ T team_reduce(T value, int team) {
     if (threadIdx.x == 0) {
       for (int w = 1; w < warps_used; ++w) value.merge(warps[w]);
     }
-    __syncthreads();  // `warps` may be written again by the next call
   }
   return value;
 }

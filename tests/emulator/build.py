@@ -39,8 +39,8 @@ def load(name, *folders):
 
     ``folders`` are looked into for headers last.
 
-    CXX names the compiler (default g++), LDM_FUSED_EMULATOR_ROOT another tree with the sources. LDM_FUSED_EMULATOR_FLAGS adds flags; with a -fsanitize among them, the
-    emulator does not watch memory itself. With -fsanitize=address the interpreter must be started with
+    CXX names the compiler (default g++), LDM_FUSED_EMULATOR_ROOT another tree with the sources. LDM_FUSED_EMULATOR_FLAGS adds flags; with -fsanitize=address the
+    emulator does not watch memory itself, and the interpreter must be started with
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" and
     ASAN_OPTIONS=detect_leaks=0. Raises RuntimeError with the compiler's messages.
     """
@@ -52,8 +52,8 @@ def load(name, *folders):
 
 
 def watches():
-    """Whether the emulator watches accesses of memory itself: no sanitizer takes its place."""
-    return "-fsanitize" not in _added_flags()
+    """Whether the emulator watches accesses of memory itself, in place of AddressSanitizer."""
+    return "address" not in _added_flags()
 
 
 def _added_flags():

@@ -1,0 +1,64 @@
+"""tests/check_mutants.py: it finds each barrier and bound, and fails where a mistake goes unnoticed."""
+
+import re
+
+import check_mutants
+import pytest
+
+KERNEL = """\
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vec {
+  for (int i = threadIdx.x; i < count; i += 32) {  // i < count
+    __syncthreads();  // before the next
+    if (a <= b && c > d) cluster.sync();
+    end = min(x, y);
+"""
+
+
+def test_switches_are_written_where_mistakes_can_be_made():
+    mutants = []
+    mutated = check_mutants.mutate(KERNEL, "kernel.cuh", mutants).splitlines()
+    assert mutated[0] == KERNEL.splitlines()[0]
+    assert "i < mutation::bound(0) < count;" in mutated[1]
+    assert mutated[2].strip() == "if (!mutation::is(2)) __syncthreads();"
+    assert "a <= mutation::bound(4) <= b && c > mutation::bound(6) > d" in mutated[3]
+    assert "if (!mutation::is(3)) cluster.sync();" in mutated[3]
+    assert mutated[4].strip() == "end = mutation::least(8, x, y);"
+    assert [m.mistake for m in mutants] == ["bound + 1", "bound - 1", "left out", "left out"] + 2 * [
+        "bound + 1", "bound - 1"] + ["least + 1", "least - 1"]
+    assert [m.line for m in mutants] == [2, 2, 3, 4, 4, 4, 4, 4, 5, 5] and mutants[2].number == 2
+
+
+@pytest.fixture(scope="module")
+def mutants():
+    return check_mutants.make_copy(in_folder="mutants-of-test")
+
+
+def test_every_barrier_of_the_kernels_is_left_out_once(mutants):
+    sources = [re.sub("//.*", "", path.read_text()) for path in (check_mutants.ROOT / "csrc" / "cuda").glob("*.cuh")]
+    barriers = sum(len(re.findall(check_mutants.BARRIER, source)) for source in sources)
+    assert sum(m.mistake == "left out" for m in mutants) == barriers > 0
+
+
+def test_what_is_called_harmless_is_still_there(mutants):
+    for part, mistake, why in check_mutants.HARMLESS:
+        assert why and any(part in m.source and m.mistake == mistake for m in mutants), part
+
+
+@pytest.mark.parametrize("survives", [False, True])
+def test_a_survivor_fails_the_check(monkeypatch, capsys, mutants, survives):
+    survivor = next(m for m in mutants if m.mistake == "left out")
+    monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
+    monkeypatch.setattr(check_mutants, "run_tests", lambda number, limit=None: (
+        number == -1 or survives and number == survivor.number, "test_it"))
+    assert check_mutants.main() == survives
+    out = capsys.readouterr().out
+    total = sum(m.reason is None for m in mutants)
+    assert out.endswith(f"mutants: {total - survives} of {total} caught\n")
+    assert (f"Survives: {survivor}\n" in out) == survives
+
+
+def test_tests_that_fail_by_themselves_prove_nothing(monkeypatch, mutants):
+    monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
+    monkeypatch.setattr(check_mutants, "run_tests", lambda number, limit=None: (False, "broken"))
+    with pytest.raises(SystemExit, match="Without a mutant the tests fail already:\nbroken"):
+        check_mutants.main()
