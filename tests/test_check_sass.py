@@ -166,7 +166,7 @@ def test_a_branch_to_an_unknown_place_fails():
 
 
 def test_a_loop_that_shares_parameters_may_be_narrow_but_tensors_may_not_hide_in_it():
-    """Into shared memory goes what all threads of a block need; a kernel that reads its tensor so reads no other way."""
+    """What all threads need goes there; a kernel that reads its tensor so has no other read to judge."""
     shares = "LDG.E.U16 R4, desc[UR6][R6.64] ;\n        /*0180*/   STS [R2], R4"
     assert with_sass("LDG.E.128 R4, desc[UR6][R6.64]", shares) == [
         "1 of 2 streaming accesses narrower than 16 bytes: LDG.E.U16 at 0x0170"]

@@ -147,7 +147,7 @@ def toolkit_headers():
 @pytest.mark.skipif(toolkit_headers() is None, reason="no CUDA toolkit's headers")
 def test_conversions_are_the_toolkits_own():
     rng = np.random.default_rng()
-    values = rng.integers(0, 2**32, 2**19, np.uint32).view(np.float32)  # of any magnitude, subnormals and NaN among them
+    values = rng.integers(0, 2**32, 2**19, np.uint32).view(np.float32)  # any magnitude, subnormals and NaN too
     near_half = rng.normal(0, 1, 2**17).astype(np.float32) * np.float32(2.0) ** rng.integers(-28, 18, 2**17)
     values = np.concatenate([values, near_half.astype(np.float32)])
     half, our_half, bfloat16, our_bfloat16, *widened = build.load("toolkit_halves", toolkit_headers()).convert(values)

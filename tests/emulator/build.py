@@ -39,10 +39,10 @@ def load(name, *folders):
 
     ``folders`` are looked into for headers last.
 
-    CXX names the compiler (default g++), LDM_FUSED_EMULATOR_ROOT another tree with the sources. LDM_FUSED_EMULATOR_FLAGS adds flags; with -fsanitize=address the
-    emulator does not watch memory itself, and the interpreter must be started with
-    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" and
-    ASAN_OPTIONS=detect_leaks=0. Raises RuntimeError with the compiler's messages.
+    CXX names the compiler (default g++), LDM_FUSED_EMULATOR_ROOT another tree with the sources;
+    LDM_FUSED_EMULATOR_FLAGS adds flags. With -fsanitize=address the emulator does not watch memory itself, and the
+    interpreter must be started with LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++
+    -print-file-name=libstdc++.so)" and ASAN_OPTIONS=detect_leaks=0. Raises RuntimeError with the compiler's messages.
     """
     library = build(name, folders, Path(os.environ.get("LDM_FUSED_EMULATOR_ROOT", ROOT)))
     spec = importlib.util.spec_from_file_location(name, library)
