@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
 
-.PHONY: help build test bench gpu traffic sass mutants clean toolkit
+.PHONY: help build test sanitize bench gpu traffic sass mutants clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -27,6 +27,9 @@ help: ## this list
 
 test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
+
+sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emulated CUDA kernels
+	$(PY) tests/sanitizers.py
 
 traffic: build ## count the bytes that the CUDA kernels move, in the emulator
 	$(PY) benchmarks/traffic.py $(ARGS)

@@ -1,12 +1,14 @@
 """Builds ldm_fused._C: one abi3 binary for every Python from 3.10 and every torch from 2.11 on.
 
 FORCE_CUDA=1 or 0 asks for CUDA kernels or for none (default: where torch and the machine both have CUDA);
-CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension.
+CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension. LDM_FUSED_CXXFLAGS is
+added to the C++ compiler's flags, after all others, and to the linker's.
 """
 import glob
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +111,8 @@ if cuda_home:
     link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link += ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
 cxx += [f'-DLDM_FUSED_{name}="{value}"' for name, value in built.items()]
+added = shlex.split(os.environ.get("LDM_FUSED_CXXFLAGS", ""))
+cxx, link = cxx + added, link + added
 
 
 class Build(cpp_extension.BuildExtension):

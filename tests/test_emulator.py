@@ -359,5 +359,5 @@ def test_unknown_order_is_refused(emulator):
 
 
 def test_build_error_shows_what_the_compiler_said():
-    with pytest.raises(RuntimeError, match=r"absent.cpp -o \S+ failed:\n.*error: "):
+    with pytest.raises(RuntimeError, match=r"absent\.cpp.* failed:\n.*error: "):
         build.load("absent")

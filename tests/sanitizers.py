@@ -1,0 +1,144 @@
+"""Tests under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize` runs this file as a program.
+
+It builds the extension with both sanitizers into build/sanitize, apart from the one in use, and the emulator likewise.
+Then the tests of the kernels run with these: on the CPU with each instruction set, and on the emulated CUDA kernels.
+PyTorch is not instrumented, but AddressSanitizer sees to its allocations: what our code reads or writes just beyond a
+tensor's memory is seen.
+
+The tests in this file, with which each run ends, are those of the sanitizers: that they are in force in that process,
+in those kernels. `make test` does not collect them, for there they fail.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "sanitize"
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = (
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1 "
+    "-fno-wrapv"  # many a Python hands its -fwrapv on to extensions: then overflow is defined, and passes
+)
+# The files of a run, and which of their tests.
+CPU = ["test_kernels", "test_errors", "test_build"], "not [emulated and not [cuda and not 2_to_the_31"
+EMULATED = ["test_kernels", "test_cuda_kernels", "test_emulator"], "not [cpu and not [cuda"
+
+
+# ---- Tests of the sanitizers -------------------------------------------------------------------------------------
+
+
+def report_on(kernels, make_array):
+    """What the sanitizers write when the kernels read that array. They end the process, so a fork of this one does."""
+    def forward(x):
+        kernels.forward(x, 2, None, None, 1e-5, True, None, None, None, None)
+
+    forward(torch.ones(1, 4, 252))
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        forward(torch.from_numpy(make_array()).view(1, 4, 252))
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        report = pipe.read()
+    assert os.waitpid(child, 0)[1] != 0, "the sanitizers saw nothing"
+    namespace = "" if kernels.name == "emulated" else f"cpu::{os.environ['LDM_FUSED_CPU_ISA']}::"
+    assert re.search(rf"^ *#0 .*ldm_fused::{namespace}\w+[<(]", report, re.M), report
+    return report
+
+
+def test_a_read_past_the_end_is_seen(kernels):
+    report = report_on(kernels, lambda: np.lib.stride_tricks.as_strided(np.zeros(1000, np.float32), (1008,)))
+    assert "AddressSanitizer: heap-buffer-overflow" in report
+
+
+def test_a_misaligned_read_is_seen(kernels):
+    report = report_on(kernels, lambda: np.zeros(4 * 1008 + 1, np.uint8)[1:].view(np.float32))
+    assert "runtime error: load of misaligned address" in report
+
+
+def test_signed_overflow_is_looked_for():
+    from ldm_fused import _C
+
+    assert b"__ubsan_handle_add_overflow_abort" in Path(_C.__file__).read_bytes()
+
+
+# ---- make sanitize -----------------------------------------------------------------------------------------------
+
+
+def build():
+    """Compiles the extension into build/sanitize/ldm_fused."""
+    shutil.rmtree(BUILD / "ldm_fused", ignore_errors=True)
+    shutil.copytree(ROOT / "ldm_fused", BUILD / "ldm_fused", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--force", f"--build-lib={BUILD}",
+                           f"--build-temp={BUILD / 'objects'}"], cwd=ROOT,
+                          env={**os.environ, "CXX": COMPILER, "FORCE_CUDA": "0", "LDM_FUSED_CXXFLAGS": FLAGS})
+
+
+def library(name):
+    path = subprocess.check_output([*shlex.split(COMPILER), f"-print-file-name={name}"], text=True).strip()
+    if not os.path.isabs(path):
+        sys.exit(f"{COMPILER} has no {name}: the sanitizers are those of GCC, with its libasan and libubsan.")
+    return path
+
+
+def python(*arguments, isa=""):
+    """A finished Python, in which kernels are those built here: it looks for ldm_fused first where it starts."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(BUILD), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "LDM_FUSED_CPU_ISA": isa,
+        "LDM_FUSED_EMULATOR_FLAGS": FLAGS,
+        "CXX": f"env -u LD_PRELOAD {COMPILER}",  # the compiler of the emulator works unwatched
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch leave much behind when they exit
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",  # the runs share the processor
+    }
+    return subprocess.run([sys.executable, *arguments], cwd=BUILD, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+
+
+def run(name, tests, isa):
+    """The run's words in the last line; none where it failed."""
+    files, expression = tests
+    # The sanitizers write to file descriptor 2 and end the process: pytest must not keep that from being seen.
+    result = python("-m", "pytest", "-v", "--capture=sys", "-p", "no:cacheprovider", "-k", expression,
+                    *(str(ROOT / "tests" / f"{file}.py") for file in [*files, "sanitizers"]), isa=isa)
+    passed = re.search(r"=+ (\d+) passed.* in .*=+\n$", result.stdout)
+    good = result.returncode == 0 and passed
+    print(f"{name}: {passed[0] if good else result.stdout}", flush=True)
+    return f"{name} {passed[1]} passed" if good else None
+
+
+def main():
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        emulator = pool.submit(python, "-c", "from emulator import build; build.load('library')")
+        extension = build()
+    best = python("-c", "import emulated, ldm_fused; print(ldm_fused.build_info()['cpu_isa'])")
+    for finished in (extension, emulator.result(), best):
+        if finished.returncode != 0:
+            sys.exit(f"{finished.stdout or ''}sanitize: FAILED to build")
+    isa = best.stdout.strip()
+
+    runs = {"cpu baseline": (CPU, "baseline"), f"cpu {isa}": (CPU, isa), "emulated": (EMULATED, isa)}
+    with ThreadPoolExecutor(len(runs)) as pool:
+        results = list(pool.map(lambda name: run(name, *runs[name]), runs))
+    if not all(results):
+        sys.exit("sanitize: FAILED")
+    print(f"sanitize: {', '.join(results)}, 0 errors")
+
+
+if __name__ == "__main__":
+    main()
