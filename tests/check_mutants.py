@@ -5,15 +5,20 @@ test of the emulated kernels fails, if they crash, or if they do not come to an 
 survives: that is a test that is missing, or a mistake that is none, which is then entered below with the reason.
 """
 
+import ctypes
+import functools
+import math
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutants"  # the kernels with all mistakes in them, to be switched on
@@ -102,43 +107,82 @@ def make_copy(in_folder=COPY.name):
     return mutants
 
 
-def run_tests(number, limit=None):
-    """(whether they passed, what they said last) with that mutant, in ``limit`` seconds; -1: with none."""
-    environment = {**os.environ, "LDM_FUSED_MUTANT": str(number), "LDM_FUSED_EMULATOR_ROOT": str(COPY),
-                   "LDM_FUSED_EMULATOR_FLAGS": FLAGS}
-    try:
-        result = subprocess.run([sys.executable, "-m", "pytest", *TESTS], cwd=ROOT, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return False, "it does not come to an end"
-    failure = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - |$)", result.stdout, re.M)
-    if result.returncode == 1 and failure:
-        return False, failure[1]
-    if result.returncode < 0:
-        return False, f"killed by signal {-result.returncode}"
-    return result.returncode == 0, result.stdout[-2000:]
+class Run:
+    """The tests with one mutant, or with none (-1), in a fork of this process: all that takes time is loaded already."""
+
+    def __init__(self, number):
+        self.number, self.start = number, time.monotonic()
+        self.output = tempfile.TemporaryFile("w+")
+        self.pid = os.fork()
+        if self.pid == 0:
+            for descriptor in 1, 2:
+                os.dup2(self.output.fileno(), descriptor)
+            library().set_mutant(number)
+            os._exit(pytest.main(TESTS))
+
+    def result(self, limit):
+        """(whether they passed, what they said of it); None while they run."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0 and time.monotonic() - self.start > limit:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            return False, "it does not come to an end"
+        if pid == 0:
+            return None
+        if os.WIFSIGNALED(status):
+            return False, f"a crash, {signal.Signals(os.WTERMSIG(status)).name}"
+        self.output.seek(0)
+        said = self.output.read()
+        failure = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - |$)", said, re.M)
+        if failure and os.WEXITSTATUS(status) == pytest.ExitCode.TESTS_FAILED:
+            return False, failure[1]
+        return os.WEXITSTATUS(status) == 0, said[-2000:]
+
+
+@functools.cache
+def library():
+    """The emulator with all mutants in it."""
+    os.environ.update(LDM_FUSED_EMULATOR_ROOT=str(COPY), LDM_FUSED_EMULATOR_FLAGS=FLAGS)
+    import emulated
+
+    return ctypes.CDLL(emulated._library.__file__)
+
+
+def run_tests(numbers, limit=math.inf, at_once=1):
+    """Yields each number with its run's result, ``at_once`` side by side; each has ``limit`` seconds."""
+    waiting, running = list(numbers), []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(Run(waiting.pop(0)))
+        for run in list(running):
+            result = run.result(limit)
+            if result is not None:
+                running.remove(run)
+                yield run.number, result
+        time.sleep(0.02)
 
 
 def main():
+    os.chdir(ROOT)
     mutants = make_copy()
     wanted = [m for m in mutants if m.reason is None]
     print(f"{len(mutants)} mutants, of which {len(mutants) - len(wanted)} are harmless. First without any.", flush=True)
-    run_tests(-1)  # the emulator is built here
+    library()
     start = time.monotonic()
-    passed, said = run_tests(-1)
+    [(_, (passed, said))] = run_tests([-1])
     if not passed:
         sys.exit(f"Without a mutant the tests fail already:\n{said}")
+    at_once = int(os.environ.get("MAX_JOBS") or os.cpu_count())
     limit = 10 + PATIENCE * (time.monotonic() - start)
 
     survivors, start = [], time.monotonic()
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
-        mutant_of = {pool.submit(run_tests, mutant.number, limit): mutant for mutant in wanted}
-        for done, run in enumerate(as_completed(mutant_of), 1):
-            mutant, (passed, said) = mutant_of[run], run.result()
-            if passed:
-                survivors.append(mutant)
-            verdict = "SURVIVES" if passed else f"caught by {said}"
-            print(f"[{done}/{len(wanted)}, {time.monotonic() - start:.0f} s] {mutant}\n    {verdict}", flush=True)
+    results = run_tests([m.number for m in wanted], limit, at_once)
+    for done, (number, (passed, said)) in enumerate(results, 1):
+        mutant = mutants[number]
+        if passed:
+            survivors.append(mutant)
+        verdict = "SURVIVES" if passed else f"caught by {said}"
+        print(f"[{done}/{len(wanted)}, {time.monotonic() - start:.0f} s] {mutant}\n    {verdict}", flush=True)
     for mutant in survivors:
         print(f"Survives: {mutant}")
     print(f"mutants: {len(wanted) - len(survivors)} of {len(wanted)} caught")

@@ -48,8 +48,9 @@ def test_what_is_called_harmless_is_still_there(mutants):
 def test_a_survivor_fails_the_check(monkeypatch, capsys, mutants, survives):
     survivor = next(m for m in mutants if m.mistake == "left out")
     monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
-    monkeypatch.setattr(check_mutants, "run_tests", lambda number, limit=None: (
-        number == -1 or survives and number == survivor.number, "test_it"))
+    monkeypatch.setattr(check_mutants, "library", lambda: None)
+    monkeypatch.setattr(check_mutants, "run_tests", lambda numbers, *_: [
+        (n, (n == -1 or survives and n == survivor.number, "test_it")) for n in numbers])
     assert check_mutants.main() == survives
     out = capsys.readouterr().out
     total = sum(m.reason is None for m in mutants)
@@ -59,6 +60,7 @@ def test_a_survivor_fails_the_check(monkeypatch, capsys, mutants, survives):
 
 def test_tests_that_fail_by_themselves_prove_nothing(monkeypatch, mutants):
     monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
-    monkeypatch.setattr(check_mutants, "run_tests", lambda number, limit=None: (False, "broken"))
+    monkeypatch.setattr(check_mutants, "library", lambda: None)
+    monkeypatch.setattr(check_mutants, "run_tests", lambda numbers: [(-1, (False, "broken"))])
     with pytest.raises(SystemExit, match="Without a mutant the tests fail already:\nbroken"):
         check_mutants.main()

@@ -1,12 +1,18 @@
 // For tests/check_mutants.py, which writes these into a copy of the kernels: mistakes that are made when they are asked
-// for. One build holds all of them; LDM_FUSED_MUTANT names the one to make.
+// for. One build holds all of them; set_mutant() says which one to make.
 #pragma once
-
-#include <cstdlib>
 
 namespace mutation {
 
-inline const int wanted = std::getenv("LDM_FUSED_MUTANT") ? std::atoi(std::getenv("LDM_FUSED_MUTANT")) : -1;
+inline int wanted = -1;
+
+}  // namespace mutation
+
+extern "C" __attribute__((visibility("default"), used)) inline void set_mutant(int number) {
+  mutation::wanted = number;
+}
+
+namespace mutation {
 
 // `a < bound(k) < b` is a < b; mutant k makes it a < b + 1, mutant k + 1 makes it a < b - 1.
 struct Bound {
