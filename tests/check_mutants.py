@@ -108,7 +108,7 @@ def make_copy(in_folder=COPY.name):
 
 
 class Run:
-    """The tests with one mutant, or with none (-1), in a fork of this process: all that takes time is loaded already."""
+    """The tests with one mutant, or with none (-1), in a fork of this process, which has loaded all that takes time."""
 
     def __init__(self, number):
         self.number, self.start = number, time.monotonic()
