@@ -130,6 +130,10 @@ __device__ __forceinline__ T team_reduce(T value, int team) {
   return value;
 }
 
+// For kernels that reduce columns: with no number given ptxas aims at fewer registers than it needs, and spills on some
+// architectures; 2 x 256 threads leave 128 registers each.
+constexpr int kBlocksAtLeast = 2;
+
 // What the threads of a block leave in shared memory, V values each.
 template <class T, int V>
 using Rows = T[V][kThreads];

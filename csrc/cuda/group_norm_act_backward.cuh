@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
 
 // Reads x and dy once; writes the sums of a channel and chunk.
 template <class X, class Y, int V>
-__global__ void __launch_bounds__(kThreads) sums_columns(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(BackwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = column_unit(p.shape, p.reduce);
   const X* x = static_cast<const X*>(p.x) + unit.first;

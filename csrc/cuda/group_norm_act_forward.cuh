@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(ForwardParams p) {
 
 // Reads x once; writes one pair a channel and chunk.
 template <class X, int V>
-__global__ void __launch_bounds__(kThreads) statistics_columns(ForwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast) statistics_columns(ForwardParams p) {
   using A = Accumulate<X>;
   constexpr int kInFlight = sizeof(A) == 8 ? kVectorsInFlight / 2 : kVectorsInFlight;  // double's division is a call
   const Unit unit = column_unit(p.shape, p.reduce);
