@@ -120,6 +120,14 @@ def test_a_warp_meets_without_the_block(ordered):
     np.testing.assert_array_equal(ordered.next_lane(True), np.arange(64) ^ 1)
 
 
+@pytest.mark.parametrize("bytes_", [4, 8, 16])
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+def test_asynchronous_copies_arrive(ordered, bytes_, tiles):
+    values = np.random.default_rng().integers(0, 256, (tiles, 64, bytes_), np.uint8)
+    reversed_ = ordered.reverse_tiles(values, bytes_, ordered.mistakes["none"])
+    np.testing.assert_array_equal(np.frombuffer(reversed_, np.uint8).reshape(values.shape), values[:, ::-1])
+
+
 def test_fast_math(emulator):
     exp, quotient, rsqrt, smaller, larger = emulator.fast_math(1.5, 3)
     results = [exp, quotient, rsqrt, smaller, larger]
@@ -176,16 +184,17 @@ def test_conversions_are_the_toolkits_own():
 def test_requests_of_a_warp(emulator, stride, bytes, counts):
     if counts is None:
         with pytest.raises(RuntimeError, match="misaligned"):
-            emulator.count_reads(stride, bytes, False, 0)
+            emulator.count_reads(stride, bytes, "strided", 0)
         return
-    read, sectors, _, _, requests = emulator.count_reads(stride, bytes, False, 0)
+    read, sectors, _, _, requests = emulator.count_reads(stride, bytes, "strided", 0)
     assert (read, sectors, requests) == counts
 
 
 @watched
+@pytest.mark.parametrize("kind", ["vectors", "asynchronous"])
 @pytest.mark.parametrize("offset,sectors", [(0, 16), (1, 17)])
-def test_vectors_are_one_access(emulator, offset, sectors):
-    assert emulator.count_reads(0, 0, True, offset) == (512, sectors, 512, 16, 2)
+def test_vectors_are_one_access(emulator, kind, offset, sectors):
+    assert emulator.count_reads(0, 0, kind, offset) == (512, sectors, 512, 16, 2)
 
 
 # ---- Wrong kernels
@@ -197,6 +206,33 @@ def test_missing_barrier_is_a_race(ordered, rows, barrier):
     message = r"(race: (reads|writes) what .*|reads memory that nothing has written) .*shared memory"
     with pytest.raises(RuntimeError, match=message):
         ordered.normalize(rows, **{barrier: False})
+
+
+@watched
+@pytest.mark.parametrize("mistake", ["no_commit", "no_wait", "waits_for_too_few"])
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+def test_missing_wait_for_an_asynchronous_copy_is_reported(ordered, mistake, tiles):
+    values = np.zeros((tiles, 64, 16), np.uint8)
+    with pytest.raises(RuntimeError, match=r"reads what an asynchronous copy of thread \S+ is still to write .*shared"):
+        ordered.reverse_tiles(values, 16, ordered.mistakes[mistake])
+
+
+@watched
+def test_missing_barrier_around_asynchronous_copies_is_reported(ordered):
+    values = np.zeros((5, 64, 16), np.uint8)
+    pending = "reads what an asynchronous copy of thread"
+    with pytest.raises(RuntimeError, match=f"{pending}|race: reads what|reads memory that nothing has written"):
+        ordered.reverse_tiles(values, 16, ordered.mistakes["no_barrier_before_read"])
+    with pytest.raises(RuntimeError, match=f"{pending}|race: writes what thread"):
+        ordered.reverse_tiles(values, 16, ordered.mistakes["no_barrier_after_read"])
+
+
+@watched
+def test_asynchronous_copies_order_nothing_between_threads(emulator):
+    with pytest.raises(RuntimeError, match=r"race: reads what thread \(0,0,0\) writes .*shared memory"):
+        emulator.launch("reads_copy_of_neighbour")
+    with pytest.raises(RuntimeError, match=r"race: writes what thread \(0,0,0\) reads .*shared memory"):
+        emulator.launch("copies_what_others_read")
 
 
 @watched
@@ -247,6 +283,13 @@ def test_barrier_made_by_hand_needs_all_blocks_at_once(ordered):
         ("writes_what_others_read", 1, r"race: (writes what several threads reads|reads what)"),
         ("plain_beside_atomic", 1, r"race: writes what thread"),
         ("spins", 1, r"spins without letting other threads run"),
+        ("copies_from_shared", 1, r"asynchronous copy at \S+selftest.cpp:\d+ whose source is not global memory"),
+        ("copies_to_global", 1, r"asynchronous copy at \S+ whose destination is not the block's shared memory"),
+        ("copies_past_global", 1, r"access of 4 bytes.* is out of bounds: it ends 4 bytes past an array of 32"),
+        ("reads_what_was_there", 1, r"reads what an asynchronous copy of thread \S+ is still to write"),
+        ("overwrites_copy", 1, r"writes what an asynchronous copy of thread \S+ is still to write"),
+        ("copies_twice", 1, r"writes what an asynchronous copy of thread \S+ is still to write"),
+        ("copies_what_others_read", 1, r"race: writes what thread \S+ reads|race: reads what thread \S+ writes"),
     ],
 )
 def test_wrong_access_is_reported(ordered, kernel, grid, message):
@@ -279,6 +322,13 @@ def test_write_past_dynamic_shared_memory_is_reported(emulator):
         ("absent_source", r"__shfl_sync with mask 0x0000ffff at \S+:\d+ reads lane 20, which takes no part"),
         ("one_block_leaves_the_grid", r"waits in grid.sync at \S+ for .* of block \(1,0,0\), which has exited"),
         ("waits_for_nobody", r"threads spin for what no other thread will do"),
+        ("copies_misaligned_from", r"access of 16 bytes.* is misaligned by 4 bytes"),
+        ("copies_misaligned_to", r"access of 8 bytes.* is misaligned by 4 bytes"),
+        ("copies_12_bytes", r"asynchronous copy of 12 bytes at \S+: it must be 4, 8 or 16"),
+        ("copies_zeros", r"__pipeline_memcpy_async that fills with zeros \(4 bytes\), which is not emulated"),
+        ("copies_and_exits", r"exits before the asynchronous copy at \S+:\d+ has arrived: no wait is for it"),
+        ("copies_uncommitted_and_exits", r"exits before the asynchronous copy at \S+:\d+ has arrived"),
+        ("changes_source", r"the source of the asynchronous copy at \S+:\d+ was written before it arrived"),
         ("trap", r"^block \(1,0,0\), thread \(33,0,0\): __trap\(\)$"),
     ],
 )

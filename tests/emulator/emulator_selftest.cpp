@@ -1,5 +1,6 @@
 // Toy kernels, right ones and wrong ones, with which tests/test_emulator.py tests the emulator itself.
 #include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -159,6 +160,38 @@ __global__ void strided_reads(const char* in, int stride, int bytes, int* out) {
 }
 __global__ void vector_reads(const int4* in, int4* out) { out[threadIdx.x] = in[threadIdx.x]; }
 
+__global__ void async_vector_reads(const int4* in, int4* out) {
+  using Values = int4[32];
+  LDM_FUSED_SHARED(Values, values);
+  __pipeline_memcpy_async(&values[threadIdx.x], &in[threadIdx.x], 16);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  out[threadIdx.x] = values[threadIdx.x];
+}
+
+enum Mistake { none, no_commit, no_wait, waits_for_too_few, no_barrier_before_read, no_barrier_after_read };
+
+// Reverses each tile of 64 elements. Two of them have a place in shared memory: while one is read, the next is copied.
+template <class T>
+__global__ void reverse_tiles(const T* in, T* out, int count, Mistake mistake) {
+  using Tiles = T[2][64];
+  LDM_FUSED_SHARED(Tiles, tiles);
+  const unsigned here = threadIdx.x;
+  const auto copy = [&](int tile) {
+    __pipeline_memcpy_async(&tiles[tile % 2][here], &in[tile * 64 + here], sizeof(T));
+    if (mistake != no_commit) __pipeline_commit();
+  };
+  copy(0);
+  for (int tile = 0; tile < count; ++tile) {
+    const bool is_last = tile + 1 == count;
+    if (!is_last) copy(tile + 1);
+    if (mistake != no_wait) __pipeline_wait_prior((is_last ? 0 : 1) + (mistake == waits_for_too_few));
+    if (mistake != no_barrier_before_read) __syncthreads();
+    out[tile * 64 + here] = tiles[tile % 2][63 - here];
+    if (mistake != no_barrier_after_read) __syncthreads();
+  }
+}
+
 // ---- Wrong ones -----------------------------------------------------------------------------------------------
 
 __global__ void divergent_barrier() {
@@ -253,6 +286,69 @@ __global__ void one_block_leaves_the_grid() {
   cooperative_groups::this_grid().sync();
 }
 
+__device__ int* some_shared() {
+  using Values = int[64];
+  LDM_FUSED_SHARED(Values, values);
+  return values;
+}
+
+__device__ int* copies_own(const int* in) {
+  int* const own = some_shared() + threadIdx.x;
+  __pipeline_memcpy_async(own, in + threadIdx.x, sizeof *own);
+  __pipeline_commit();
+  return own;
+}
+
+__global__ void copies_misaligned_from(const int* in) { __pipeline_memcpy_async(some_shared(), in + 1, 16); }
+__global__ void copies_misaligned_to(const int* in) { __pipeline_memcpy_async(some_shared() + 1, in, 8); }
+__global__ void copies_12_bytes(const int* in) { __pipeline_memcpy_async(some_shared(), in, 12); }
+__global__ void copies_zeros(const int* in) { __pipeline_memcpy_async(some_shared(), in, 16, 4); }
+__global__ void copies_from_shared() {
+  int* const own = some_shared() + 2 * (threadIdx.x / 2);
+  own[threadIdx.x % 2] = 1;
+  __syncthreads();
+  __pipeline_memcpy_async(own, own + 1, 4);
+}
+__global__ void copies_to_global(const int* in, int* out) { __pipeline_memcpy_async(out, in, 4); }
+__global__ void copies_past_global(const int* in) { __pipeline_memcpy_async(some_shared(), in + 8, 4); }
+__global__ void copies_and_exits(const int* in) { copies_own(in); }
+__global__ void copies_uncommitted_and_exits(const int* in) {
+  __pipeline_memcpy_async(some_shared() + threadIdx.x, in + threadIdx.x, 4);
+  __pipeline_wait_prior(0);
+}
+__global__ void reads_what_was_there(const int* in, int* out) {
+  some_shared()[threadIdx.x] = 1;
+  out[0] = *copies_own(in);
+}
+__global__ void overwrites_copy(const int* in) {
+  *copies_own(in) = 1;
+  __pipeline_wait_prior(0);
+}
+__global__ void copies_twice(const int* in) {
+  copies_own(in);
+  copies_own(in);
+  __pipeline_wait_prior(0);
+}
+__global__ void copies_what_others_read(const int* in, int* out) {
+  int* const values = some_shared();
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
+  copies_own(in);
+  __pipeline_wait_prior(0);
+}
+__global__ void changes_source(int* in) {
+  copies_own(in);
+  in[threadIdx.x] ^= 1;
+  __pipeline_wait_prior(0);
+}
+__global__ void reads_copy_of_neighbour(const int* in, int* out) {
+  copies_own(in);
+  __syncthreads();
+  __pipeline_wait_prior(0);
+  out[threadIdx.x] = some_shared()[threadIdx.x ? threadIdx.x - 1 : 0];
+}
+
 // For AddressSanitizer alone to see: an overflow on the stack of a thread that has been suspended.
 __attribute__((no_sanitize("undefined"))) __global__ void stack_overflow(int index, int* out) {
   int local[4] = {1, 2, 3, 4};
@@ -318,6 +414,17 @@ static Array<T> run_shuffle(Shuffle kind, Array<T> values, int by, int width) {
   Array<T> shuffled(values.size());
   launch(Config({1}, {unsigned(values.size())}), shuffle<T>, kind, in(values), out(shuffled), by, width);
   return shuffled;
+}
+
+template <class T>
+static py::bytes run_reverse_tiles(py::buffer tiles, Mistake mistake) {
+  const py::buffer_info info = tiles.request();
+  const size_t count = size_t(info.size * info.itemsize) / sizeof(T);
+  std::vector<T> values(count), reversed(count);
+  memcpy(values.data(), info.ptr, count * sizeof(T));
+  launch(Config({1}, {64}), reverse_tiles<T>, give<const T>(values.data(), count), give(reversed.data(), count),
+         int(count / 64), mistake);
+  return py::bytes(reinterpret_cast<const char*>(reversed.data()), count * sizeof(T));
 }
 
 PYBIND11_MODULE(emulator_selftest, m) {
@@ -417,14 +524,32 @@ PYBIND11_MODULE(emulator_selftest, m) {
     return values;
   });
 
+  py::dict mistakes;
+  for (auto [name, mistake] : {std::pair("none", none),
+                               {"no_commit", no_commit},
+                               {"no_wait", no_wait},
+                               {"waits_for_too_few", waits_for_too_few},
+                               {"no_barrier_before_read", no_barrier_before_read},
+                               {"no_barrier_after_read", no_barrier_after_read}}) {
+    mistakes[name] = int(mistake);
+  }
+  m.attr("mistakes") = mistakes;
+  // The tiles, as bytes, of elements of so many bytes.
+  m.def("reverse_tiles", [](py::buffer tiles, int bytes, int mistake) {
+    return (bytes == 4   ? run_reverse_tiles<int>
+            : bytes == 8 ? run_reverse_tiles<int2>
+                         : run_reverse_tiles<int4>)(tiles, Mistake(mistake));
+  });
+
   // Bytes and sectors of one warp's reads.
-  m.def("count_reads", [](int stride, int bytes, bool vectors, int offset) {
+  m.def("count_reads", [](int stride, int bytes, const std::string& kind, int offset) {
     alignas(32) static char memory[64 * 1024];
     alignas(32) static int4 copied[33];
     int nothing;
     emulator::observe(false, true);
-    if (vectors)
-      launch(Config({1}, {32}), vector_reads, give(reinterpret_cast<int4*>(memory) + offset, 32), give(copied, 32));
+    if (kind != "strided")
+      launch(Config({1}, {32}), kind == "vectors" ? vector_reads : async_vector_reads,
+             give(reinterpret_cast<int4*>(memory) + offset, 32), give(copied, 32));
     else
       launch(Config({1}, {32}), strided_reads, give(memory + offset, sizeof memory / 2), stride, bytes,
              give(&nothing, 1));
@@ -449,8 +574,9 @@ PYBIND11_MODULE(emulator_selftest, m) {
       [](const std::string& kernel, std::vector<unsigned> grid, std::vector<unsigned> block) {
         int result = 0;
         unsigned count = 0;
-        alignas(16) int x[8] = {}, y[64];
-        give(&result, 1), give(&count, 1), give(x, 8), give(y, 64);
+        alignas(16) int x[8] = {}, y[64] = {};
+        std::vector<int> z(64);
+        give(&result, 1), give(&count, 1), give(x, 8), give(y, 64), give(z.data(), 64);
         const Config config(grid, block);
 #define LAUNCH(name, ...) \
   if (kernel == #name) return launch(config, name, ##__VA_ARGS__)
@@ -474,6 +600,21 @@ PYBIND11_MODULE(emulator_selftest, m) {
         LAUNCH(plain_beside_atomic, &count);
         LAUNCH(waits_for_nobody, &count);
         LAUNCH(spins, &count);
+        LAUNCH(copies_misaligned_from, y);
+        LAUNCH(copies_misaligned_to, y);
+        LAUNCH(copies_12_bytes, y);
+        LAUNCH(copies_zeros, y);
+        LAUNCH(copies_from_shared);
+        LAUNCH(copies_to_global, x, &result);
+        LAUNCH(copies_past_global, x);
+        LAUNCH(copies_and_exits, y);
+        LAUNCH(copies_uncommitted_and_exits, y);
+        LAUNCH(reads_what_was_there, y, &result);
+        LAUNCH(overwrites_copy, y);
+        LAUNCH(copies_twice, y);
+        LAUNCH(copies_what_others_read, y, z.data());
+        LAUNCH(changes_source, y);
+        LAUNCH(reads_copy_of_neighbour, y, z.data());
         LAUNCH(stack_overflow, 4, &result);
         if (kernel == "one_block_leaves_the_grid") {
           return launch(Config(grid, block, 0, 1, true), one_block_leaves_the_grid);

@@ -50,7 +50,9 @@ class Fiber {
     void* stack =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
-    mprotect(stack, kGuardBytes, PROT_NONE);  // stacks grow down: an overflow faults instead of writing elsewhere
+    // Stacks grow down: an overflow faults instead of writing elsewhere. Only the first stacks are guarded so, since
+    // each guard is a mapping more, of which a process may have 65,530; all fibers of a kernel run the same code.
+    if (created_++ < kGuarded) mprotect(stack, kGuardBytes, PROT_NONE);
     stack_ = static_cast<char*>(stack);
     reset();
   }
@@ -84,6 +86,8 @@ class Fiber {
 
  private:
   static constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 64 * 1024;
+  static constexpr unsigned kGuarded = 4096;
+  static inline unsigned created_ = 0;
 
   char* usable_stack() const { return stack_ + kGuardBytes; }
 

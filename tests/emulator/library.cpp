@@ -101,6 +101,11 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("no dtype " + name);
 }
 
+Device device() {
+  const emulator::Device& d = emulator::device;
+  return {d.multiprocessors, d.shared_per_block, d.has_clusters() ? kLargestCluster : 1};
+}
+
 using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // batch, channels, spatial
 
 Shape shape_of(const Sizes& sizes, int64_t groups, bool channels_last) {
@@ -119,9 +124,34 @@ py::dict as_dict(const Tiling& t) {
   return d;
 }
 
+py::dict as_dict(const Residence& r) {
+  py::dict d;
+  d["columns"] = r.columns;
+  d["vector"] = r.vector;
+  d["bundle"] = r.bundle;
+  d["width"] = r.width;
+  d["items"] = r.items;
+  d["team"] = r.team;
+  d["teams"] = r.teams;
+  d["threads"] = r.threads;
+  d["chunk"] = r.chunk;
+  d["lanes"] = r.lanes;
+  d["parts"] = r.parts;
+  d["length"] = r.length;
+  d["rounds"] = r.rounds;
+  d["steps"] = r.steps;
+  d["slots"] = r.slots;
+  d["kept"] = r.kept;
+  d["held"] = r.held;
+  d["shared_bytes"] = r.shared_bytes;
+  return d;
+}
+
 py::dict as_dict(const Plan& plan) {
   py::dict d;
-  d["tier"] = plan.tier;
+  d["tier"] = plan.tier();
+  d["resident"] = plan.resident;
+  d["residence"] = as_dict(plan.residence);
   d["reduce"] = as_dict(plan.reduce);
   d["apply"] = as_dict(plan.apply);
   d["bytes_read"] = plan.bytes_read;
@@ -160,11 +190,11 @@ PYBIND11_MODULE(library, m) {
   m.def("plan_forward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
                            const std::string& y, bool aligned, int64_t parameter_bytes) {
     return as_dict(plan_forward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(y), aligned,
-                                parameter_bytes, {emulator::device.multiprocessors}));
+                                parameter_bytes, device()));
   });
   m.def("plan_backward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
                             const std::string& dy, bool aligned, int64_t parameter_bytes, int sums) {
     return as_dict(plan_backward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(dy), aligned,
-                                 parameter_bytes, sums, {emulator::device.multiprocessors}));
+                                 parameter_bytes, sums, device()));
   });
 }

@@ -45,6 +45,15 @@ struct Block;
 
 enum class State { ready, waiting, yielding, exited };
 
+struct AsyncCopy {
+  char* to;
+  const char* from;
+  const void* instruction;
+  uint32_t bytes;
+  uint64_t group;
+  unsigned char value[16];  // of the source when the copy was issued
+};
+
 struct Thread {
   Fiber fiber;
   Block* block;
@@ -58,7 +67,9 @@ struct Thread {
   Clock acquired, released;          // see fence()
   std::vector<uintptr_t> acquiring;  // atomics since the last fence
   bool fenced;
-  std::vector<Access> accesses;  // while traffic is counted
+  std::vector<Access> accesses;   // while traffic is counted
+  std::vector<AsyncCopy> copies;  // that have not arrived, in order
+  uint64_t committed_groups;
 
   unsigned warp() const { return rank / kWarpSize; }
 };
@@ -96,15 +107,18 @@ bool same(const Call& a, const Call& b) {
          !std::strcmp(a.site.file, b.site.file);
 }
 
-// Where an instruction comes from, if addr2line is there to tell.
+// Where an instruction comes from, if addr2line is there to tell: the kernel's line, not that of the stand-in for a
+// toolkit's header which was inlined there.
 std::string source_of(const void* instruction) {
   Dl_info module;
   if (!instruction || !dladdr(instruction, &module)) return "";
   const auto offset = size_t(static_cast<const char*>(instruction) - static_cast<char*>(module.dli_fbase)) - 1;
-  const std::string command = format("addr2line -e '%s' 0x%zx 2>/dev/null", module.dli_fname, offset);
+  const std::string command = format("addr2line -i -e '%s' 0x%zx 2>/dev/null", module.dli_fname, offset);
   std::string line;
   if (FILE* pipe = popen(command.c_str(), "r")) {
-    for (int c; (c = std::fgetc(pipe)) != EOF && c != '\n';) line += char(c);
+    for (char text[1024]; std::fgets(text, sizeof text, pipe);) {
+      if (line.empty() || line.find("/emulator/cuda_") != line.npos) line.assign(text, std::strcspn(text, "\n"));
+    }
     pclose(pipe);
   }
   line.resize(std::min(line.size(), line.find(" (discriminator")));
@@ -153,6 +167,7 @@ class Machine {
     first_event_ += EventId(events_.size());
     events_.clear();
     synchronized_.clear();
+    readers_.clear();
     shared_offsets_.clear();
     static_bytes_ = 0;
     grid_epoch_ = 1;
@@ -261,6 +276,55 @@ class Machine {
     }
   }
 
+  // Reads the source at once. The destination is the thread's to write from now on, too: what others do with it must be
+  // over. AddressSanitizer, under which accesses by plain instructions go unseen here, checks the two memory functions.
+  void copy_async(void* to, const void* from, size_t bytes, const void* instruction) {
+    if (bytes != 4 && bytes != 8 && bytes != 16) {
+      fail(format("asynchronous copy of %zu bytes%s: it must be 4, 8 or 16", bytes, source_of(instruction).c_str()));
+    }
+    check_alignment(to, bytes, instruction);
+    check_alignment(from, bytes, instruction);
+#ifndef EMULATOR_ASAN
+    if (!is_global(*find(from, instruction, bytes))) {
+      fail("asynchronous copy" + source_of(instruction) + " whose source is not global memory");
+    }
+    if (!find_shared(block(), to)) {
+      fail("asynchronous copy" + source_of(instruction) + " whose destination is not the block's shared memory");
+    }
+    access(from, bytes, AccessKind::read, instruction);
+    access(to, bytes, AccessKind::write, instruction);
+    each_shared_cell(to, bytes, [](Cell& cell) { cell.write |= Cell::kPending; });
+#endif
+    Thread& self = *running_;
+    AsyncCopy& copy = self.copies.emplace_back();
+    copy.to = static_cast<char*>(to);
+    copy.from = static_cast<const char*>(from);
+    copy.instruction = instruction;
+    copy.bytes = uint32_t(bytes);
+    copy.group = self.committed_groups;
+    std::memcpy(copy.value, from, bytes);
+    std::memset(to, kPoison, bytes);  // for those who look too early where nobody watches
+  }
+
+  void commit_copies() { ++running_->committed_groups; }
+
+  void wait_for_copies(size_t groups_left) {
+    Thread& self = *running_;
+    if (self.copies.empty() || self.committed_groups <= groups_left) return;
+    const uint64_t end = self.committed_groups - groups_left;
+    const EventId now = event(false);
+    size_t arrived = 0;
+    for (; arrived < self.copies.size() && self.copies[arrived].group < end; ++arrived) {
+      const AsyncCopy& copy = self.copies[arrived];
+      if (std::memcmp(copy.from, copy.value, copy.bytes)) {
+        fail("the source of the asynchronous copy" + source_of(copy.instruction) + " was written before it arrived");
+      }
+      std::memcpy(copy.to, copy.value, copy.bytes);
+      each_shared_cell(copy.to, copy.bytes, [now](Cell& cell) { cell = {now, 0}; });
+    }
+    self.copies.erase(self.copies.begin(), self.copies.begin() + ptrdiff_t(arrived));
+  }
+
   // A fence makes the atomics before it acquire, and those after it release.
   void fence() {
     Thread& self = *running_;
@@ -358,6 +422,8 @@ class Machine {
       thread.acquiring.clear();
       thread.fenced = false;
       thread.accesses.clear();
+      thread.copies.clear();
+      thread.committed_groups = 0;
       thread.fiber.start(launch_->kernel, launch_->arguments);
     }
   }
@@ -430,7 +496,13 @@ class Machine {
     thread.fiber.resume();
     callback_stack_ = nullptr;
     if (!error_.empty()) throw std::runtime_error(error_);
-    if (thread.fiber.finished()) thread.state = State::exited;
+    if (!thread.fiber.finished()) return;
+    thread.state = State::exited;
+    if (!thread.copies.empty()) {  // it could arrive in the memory of a later block
+      throw std::runtime_error(message(thread, "exits before the asynchronous copy" +
+                                                   source_of(thread.copies[0].instruction) +
+                                                   " has arrived: no wait is for it"));
+    }
   }
 
   bool wake_yielding() {
@@ -620,6 +692,16 @@ class Machine {
     return nullptr;
   }
 
+  // Of the block's own shared memory, if it is observed.
+  template <class F>
+  void each_shared_cell(const void* address, size_t bytes, F f) {
+    Region* const region = find_shared(block(), address);
+    if (!region || region->cells.empty()) return;
+    const size_t first = region->offset(address) >> region->granule_bits;
+    const size_t last = (region->offset(address) + bytes - 1) >> region->granule_bits;
+    for (size_t i = first; i <= last; ++i) f(region->cells[i]);
+  }
+
   // The running thread's, a new one after each of its barriers.
   EventId event(bool atomic) {
     const Thread& self = *running_;
@@ -646,6 +728,10 @@ class Machine {
     if (id < first_event_ || id == running_->event) return true;  // an earlier launch's
     const Event& event = events_[id - first_event_];
     const Thread& self = *running_;
+    if (event.block == Event::kMany) {
+      const std::vector<EventId>& readers = readers_.find(id)->second;
+      return std::all_of(readers.begin(), readers.end(), [this](EventId reader) { return is_ordered(reader); });
+    }
     if (event.grid_epoch < grid_epoch_) return true;
     if (event.block == self.block->id) {
       if (event.thread == self.rank || event.block_epoch < self.block->epoch) return true;
@@ -657,6 +743,7 @@ class Machine {
   void observe(Region& region, size_t granule, EventId self, AccessKind kind, const void* instruction) {
     Cell& cell = region.cells[granule];
     const bool reads = kind != AccessKind::write, writes = kind != AccessKind::read;
+    if (cell.write & Cell::kPending) report_pending(region, granule, reads, instruction);
     if (reads && region.fresh && cell.write == 0) {
       report(region, granule, "reads memory that nothing has written", instruction);
     }
@@ -676,20 +763,35 @@ class Machine {
     }
   }
 
-  // The event that stands for a reader and the running thread.
+  // The event that stands for a reader and the running thread. Of one block it is the later one's, by any of its
+  // threads; of several it is a list of these.
   EventId several(EventId reader) {
+    const Event other = events_[reader - first_event_];
+    if (other.block == block().id) return several_of_block(reader);
+    EventId many = reader;
+    if (other.block != Event::kMany) {
+      many = add({Event::kMany, Event::kMany, Event::kMany, grid_epoch_, 0, 0, false});
+      readers_[many] = {reader};
+    }
+    std::vector<EventId>& readers = readers_[many];
+    for (size_t i = readers.size(); i-- > 0;) {
+      if (events_[readers[i] - first_event_].block != block().id) continue;
+      readers[i] = is_ordered(readers[i]) ? event(false) : several_of_block(readers[i]);
+      return many;
+    }
+    readers.push_back(event(false));
+    return many;
+  }
+
+  EventId several_of_block(EventId reader) {
     const Event& other = events_[reader - first_event_];
     const Thread& self = *running_;
-    const bool same_block = other.block == self.block->id, same_warp = same_block && other.warp == self.warp();
-    const Event both{same_block ? other.block : Event::kMany,
-                     Event::kMany,
-                     same_warp ? other.warp : Event::kMany,
-                     grid_epoch_,
-                     self.block->epoch,
-                     self.block->warp_epochs[self.warp()],
-                     false};
-    const bool stands_already = other.thread == Event::kMany && other.block == both.block && other.warp == both.warp;
-    return stands_already ? reader : add(both);
+    const bool same_warp = other.warp == self.warp();
+    const bool stands_already = other.thread == Event::kMany && other.block_epoch == self.block->epoch &&
+                                (other.warp == Event::kMany || same_warp);
+    if (stands_already) return reader;
+    return add({self.block->id, Event::kMany, same_warp ? other.warp : Event::kMany, grid_epoch_, self.block->epoch,
+                self.block->warp_epochs[self.warp()], false});
   }
 
   std::string name(EventId id) const {
@@ -707,6 +809,15 @@ class Machine {
          format(" (byte %zu of %zu of %s memory)", granule << region.granule_bits, region.bytes,
                 is_global(region) ? "global" : "shared") +
          source_of(instruction));
+  }
+
+  // Not inlined: observe() is as fast as what it does at each access is short.
+  [[noreturn]] __attribute__((noinline, cold)) void report_pending(const Region& region, size_t granule, bool reads,
+                                                                   const void* instruction) {
+    const std::string writer = name(region.cells[granule].write & ~Cell::kPending);
+    report(region, granule,
+           (reads ? "reads" : "writes") + (" what an asynchronous copy of " + writer) + " is still to write",
+           instruction);
   }
 
   void count_traffic(Block& block) {
@@ -757,6 +868,7 @@ class Machine {
   size_t last_global_ = 0;
   EventId first_event_ = 1;  // of the launch
   std::vector<Event> events_;
+  std::unordered_map<EventId, std::vector<EventId>> readers_;  // of an event that stands for those of several blocks
   uint32_t grid_epoch_ = 1;
   std::unordered_map<uintptr_t, Clock> synchronized_;  // what was released through an atomic's address
 };
@@ -838,6 +950,21 @@ void atomic_access(void* address, size_t bytes) {
   machine.check_alignment(address, bytes, __builtin_return_address(0));
   machine.access(address, bytes, AccessKind::atomic, __builtin_return_address(0));
   machine.atomic(address);
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  const Work work;
+  machine.copy_async(to, from, bytes, __builtin_return_address(0));
+}
+
+void commit_copies() {
+  const Work work;
+  machine.commit_copies();
+}
+
+void wait_for_copies(size_t groups_left) {
+  const Work work;
+  machine.wait_for_copies(groups_left);
 }
 
 unsigned lane() { return machine.lane(); }

@@ -95,6 +95,12 @@ void fence();                                         // with an atomic operatio
 void atomic_access(void* address, size_t bytes);
 void check_alignment(const void* address, size_t bytes);
 
+// Asynchronous copies to shared memory: what is to be written arrives when the thread waits for the group that the copy
+// was committed with, and not before. Until then nobody may touch it.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t groups_left);  // all but the last so many groups
+
 // ---- Called by tests ---------------------------------------------------------------------------------------------
 
 // In which order blocks, warps and lanes run: "forward", "reverse" or "random". A kernel without races gives the same

@@ -28,6 +28,8 @@ struct Event {
 };
 
 struct Cell {
+  static constexpr EventId kPending = 1u << 31;  // of `write`: that of an asynchronous copy which has not arrived
+
   EventId write = 0, read = 0;  // 0: none
 };
 
