@@ -71,7 +71,7 @@ struct Affine {
 struct Gradients {
   Gradient weight, bias, pre_bias, scale, shift;
 
-  bool any() const { return weight.data || bias.data || pre_bias.data || scale.data || shift.data; }
+  LDM_FUSED_HD bool any() const { return weight.data || bias.data || pre_bias.data || scale.data || shift.data; }
 };
 
 // The affine map of one channel of one sample: u = (x - center) * slope + offset. Subtracting first is what keeps
@@ -122,16 +122,23 @@ struct ParameterGradients {
 
   LDM_FUSED_HD void add(const Affine& affine, const Gradients& gradients, const Shape& shape, int64_t n, int64_t c,
                         A rstd, const Projection<A>& projection, const GradientSums<A>& total) {
-    const A w = affine.weight.load<A>(n, c, 1);
     const A gain = A(1) + affine.scale.load<A>(n, c, 0);
     const A dz_normalized = total.dz_x * rstd;
     weight += gain * dz_normalized;
     bias += gain * total.dz;
-    gradients.scale.store(n, c, w * dz_normalized + affine.bias.load<A>(n, c, 0) * total.dz);
     gradients.shift.store(n, c, total.dz);
+    if (!gradients.scale.data && !gradients.pre_bias.data) return;
+    const A w = affine.weight.load<A>(n, c, 1);
+    gradients.scale.store(n, c, w * dz_normalized + affine.bias.load<A>(n, c, 0) * total.dz);
     const A dx = rstd * w * gain * total.dz - A(shape.spatial) * projection.k1 - projection.k2 * total.x;
     pre_bias += dx;
     if (gradients.pre_bias.batch_stride) gradients.pre_bias.store(n, c, dx);
+  }
+
+  LDM_FUSED_HD void merge(const ParameterGradients& other) {
+    weight += other.weight;
+    bias += other.bias;
+    pre_bias += other.pre_bias;
   }
 
   LDM_FUSED_HD void store(const Gradients& gradients, int64_t c) const {

@@ -1,5 +1,9 @@
-"""The package's CUDA operators, run by the emulator on CPU tensors: ``torch.ops.ldm_fused_emulated``."""
+"""The package's CUDA operators, run by the emulator on CPU tensors: ``torch.ops.ldm_fused_emulated``.
 
+LDM_FUSED_EMULATED_DEVICE names another of ``DEVICES`` to run on than the default.
+"""
+
+import os
 from contextlib import contextmanager
 
 import torch
@@ -17,14 +21,24 @@ DEVICES = {  # from NVIDIA's data sheets and the CUDA programming guide's table 
     "T4": dict(multiprocessors=40, major=7, minor=5, l2_bytes=4 << 20, shared_per_multiprocessor=64 << 10,
                shared_per_block=64 << 10, threads_per_multiprocessor=1024),
 }
+
+
+def small_device(multiprocessors, kilobytes, clusters):
+    """One whose shared memory tests' tensors can fill."""
+    return dict(DEVICES["H200"], multiprocessors=multiprocessors, major=9 if clusters else 8,
+                shared_per_block=kilobytes << 10, shared_per_multiprocessor=(kilobytes + 1) << 10)
+
+
 SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors are small too
+_default = DEVICES[os.environ["LDM_FUSED_EMULATED_DEVICE"]] if "LDM_FUSED_EMULATED_DEVICE" in os.environ else SMALL
 
 _schemas = torch.library.Library("ldm_fused_emulated", "DEF")
 for _op in (ops.group_norm_act, ops.group_norm_act_backward):
     _schemas.define(str(_op._schema).removeprefix("ldm_fused::"))
 
 _library = build.load("library")  # registers the kernels
-_library.set_device(**SMALL)
+_current = _default
+_library.set_device(**_current)
 
 group_norm_act = torch.ops.ldm_fused_emulated.group_norm_act.default
 group_norm_act_backward = torch.ops.ldm_fused_emulated.group_norm_act_backward.default
@@ -33,11 +47,14 @@ group_norm_act_backward = torch.ops.ldm_fused_emulated.group_norm_act_backward.d
 @contextmanager
 def device(properties):
     """Launches run on a device of these properties, as those in ``DEVICES``."""
-    _library.set_device(**properties)
+    global _current
+    before, _current = _current, properties
+    _library.set_device(**_current)
     try:
         yield
     finally:
-        _library.set_device(**SMALL)
+        _current = before
+        _library.set_device(**_current)
 
 
 @contextmanager

@@ -27,7 +27,8 @@ def test_counts_are_what_the_plan_predicted(shape, layout, name):
 def test_report(capsys):
     assert traffic.main(["--suite", "seed"]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
-    assert sum(row.endswith("two passes") for row in rows) == 4
+    tiers = [re.findall("block|cluster|grid|two passes", row) for row in rows if re.match(r"\d+x", row)]
+    assert tiers == [["block", "block"], ["block", "block"], ["cluster", "cluster"], ["grid", "grid"]]
     number = r"(\d+\.\d+) x"
     found = re.fullmatch(f"traffic: forward worst {number}, weighted {number}; backward worst {number}, weighted "
                          rf"{number}; sector efficiency worst (\d+) %", last)
@@ -38,14 +39,42 @@ def test_report(capsys):
 def test_plan_that_is_wrong_is_reported(capsys, monkeypatch):
     monkeypatch.setattr(traffic, "bytes_of", lambda plan: 2 * (plan["bytes_read"] + plan["bytes_written"]))
     assert traffic.main(["--suite", "seed"]) == 1
-    assert "The plan predicts other bytes than were counted for 80x256x8x8 contiguous." in capsys.readouterr().out
+    assert ("The plan predicts other bytes than were counted for 80x256x8x8 contiguous forward."
+            in capsys.readouterr().out)
+
+
+def totals_of(limit=100, planned=101, sector_efficiency=0.99):
+    totals = {key: traffic.Total() for key in traffic.TARGETS}
+    for total in totals.values():
+        total.add(traffic.Moved(limit, planned, "", "", 1, sector_efficiency), 1)
+    return totals
+
+
+def test_targets():
+    assert traffic.missed(totals_of()) == []
+    assert traffic.missed(totals_of(planned=104)) == [
+        f"{layout} {way} moves 1.040 x the limit, more than {target} x."
+        for layout, way, target in (("contiguous", "forward", 1.02), ("contiguous", "backward", 1.03),
+                                    ("channels_last", "backward", 1.03))]
+    assert len(traffic.missed(totals_of(planned=151))) == 8
+    assert "contiguous forward uses 94 % of its sectors at worst, less than 95 %." in traffic.missed(
+        totals_of(sector_efficiency=0.94))
 
 
 def test_totals_weigh_bytes_not_ratios():
     total = traffic.Total()
-    total.add(traffic.Moved(limit=100, planned=300, tier="", counted_over_planned=1, sector_efficiency=1), 1)
-    total.add(traffic.Moved(limit=1000, planned=1000, tier="", counted_over_planned=1, sector_efficiency=1), 2)
+    for limit, planned, count in ((100, 300, 1), (1000, 1000, 2)):
+        total.add(traffic.Moved(limit, planned, "", "", counted_over_planned=1, sector_efficiency=1), count)
     assert total.text == "worst 3.00 x, weighted 1.095 x"  # 2300 bytes where 2100 are the limit
+
+
+@pytest.mark.parametrize("shape,layout", [((1, 128, 1024, 1024), "channels_last"), ((1, 128, 1024, 1024), "contiguous"),
+                                          ((4, 128, 256, 256), "channels_last"), ((2, 640, 64, 64), "contiguous")],
+                         ids=str)
+def test_what_is_counted_at_a_smaller_size_is_the_same_tier(shape, layout):
+    for moved in traffic.measure(Workload("custom", shape), layout, emulated.DEVICES["H200"]):
+        assert moved.tier == moved.counted_tier
+        assert moved.counted_over_planned == pytest.approx(1, abs=0.01)
 
 
 def test_small_tensors_are_emulated_as_they_are_and_large_ones_shrink_with_the_device():

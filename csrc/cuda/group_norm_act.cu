@@ -2,8 +2,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/group_norm_act_backward.cuh"
-#include "cuda/group_norm_act_forward.cuh"
+#include "cuda/resident_backward.cuh"
+#include "cuda/resident_forward.cuh"
+#include "cuda/two_pass_backward.cuh"
+#include "cuda/two_pass_forward.cuh"
 #include "tensors.h"
 
 // Only a CUDA torch has it: weak, so that this binary loads under a CPU-only torch too, where nothing here is called.
@@ -24,10 +26,26 @@ void check(cudaError_t error, const char* what) {
 }
 
 Device device_of(const Tensor& t) {
-  Device device{};
-  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, t.get_device_index()),
-        "cudaDeviceGetAttribute");
-  return device;
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, t.get_device_index()), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrClusterLaunch) ? kLargestCluster : 1};
+}
+
+// Calls attempt(device), which plans and launches, until its plan fits: a device may have room for fewer blocks side by
+// side than its properties say.
+template <class F>
+void launch_what_fits(Device device, const char* what, F&& attempt) {
+  for (;;) {
+    const auto [plan, error] = attempt(device);
+    if (error != cudaErrorCooperativeLaunchTooLarge || !plan.resident) return check(error, what);
+    cudaGetLastError();  // forgets it
+    const bool cluster = plan.residence.exchange == Exchange::cluster;
+    (cluster ? device.max_cluster : device.shared_per_block) = cluster ? plan.residence.team / 2 : 0;
+  }
 }
 
 bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
@@ -37,6 +55,15 @@ Tensor workspace(int64_t elements, const Tensor& like) {
   return empty({elements}, accumulate_type(like.scalar_type()), like);
 }
 
+// Elements of the workspace for partial results: two passes keep `partial` of each channel's chunk; what the teams of a
+// grid exchange is `exchanged` floats a block, in two places by turns, behind the teams' counters.
+int64_t workspace_of(const Plan& plan, const Shape& shape, int partial, int exchanged) {
+  const Residence& r = plan.residence;
+  if (!plan.resident) return partial * partials_of(shape, plan.reduce);
+  if (r.exchange != Exchange::grid) return 0;
+  return r.teams * int64_t(sizeof(TeamCounter) / sizeof(float)) + 2 * r.blocks() * exchanged;
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                                   const OptionalTensor& bias, double eps, bool silu,
                                                   const OptionalTensor& pre_bias, const OptionalTensor& scale,
@@ -44,22 +71,26 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
   if (call.is_empty()) return {call.y, call.mean, call.rstd};
-  const Plan plan = plan_forward(call.shape, call.x_dtype, call.y_dtype, is_aligned(call.x),
-                                 call.parameters.affine.bytes_per_channel(), device_of(x));
-  const Tensor partials = workspace(2 * partials_of(call.shape, plan.reduce), call.x);
   ForwardParams params{};
   params.x = call.x.data_ptr();
   params.y = call.y.data_ptr();
   params.mean = call.mean.data_ptr();
   params.rstd = call.rstd.data_ptr();
-  params.partials = partials.data_ptr();
   params.affine = call.parameters.affine;
   params.shape = call.shape;
-  params.reduce = plan.reduce;
-  params.apply = plan.apply;
   params.eps = eps;
   params.silu = silu;
-  check(group_norm_act_forward(params, call.x_dtype, call.y_dtype, current_stream(x)), "group_norm_act");
+  launch_what_fits(device_of(x), "group_norm_act", [&](const Device& device) {
+    const Plan plan = plan_forward(call.shape, call.x_dtype, call.y_dtype, is_aligned(call.x),
+                                   params.affine.bytes_per_channel(), device);
+    const Tensor partials = workspace(workspace_of(plan, call.shape, 2, 2 * plan.residence.bundle), call.x);
+    params.partials = partials.data_ptr();
+    params.reduce = plan.reduce;
+    params.apply = plan.apply;
+    params.residence = plan.residence;
+    const auto launch = plan.resident ? launch_resident_forward : launch_two_pass_forward;
+    return std::pair(plan, launch(params, call.x_dtype, call.y_dtype, current_stream(x)));
+  });
   return {call.y, call.mean, call.rstd};
 }
 
@@ -71,9 +102,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask);
   if (call.is_empty()) return call.outputs();
   const int sums = call.gradients.pre_bias.data ? 3 : 2;
-  const Plan plan = plan_backward(call.shape, call.x_dtype, call.dy_dtype, is_aligned(call.x) && is_aligned(call.dy),
-                                  call.parameters.affine.bytes_per_channel(), sums, device_of(x));
-  const Tensor partials = workspace(sums * partials_of(call.shape, plan.reduce), call.x);
   const Tensor totals = workspace(sums * call.shape.rows(), call.x);
   const Tensor projections = workspace(2 * call.shape.batch * call.shape.groups, call.x);
   BackwardParams params{};
@@ -82,17 +110,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   params.mean = call.mean.data_ptr();
   params.rstd = call.rstd.data_ptr();
   params.dx = call.wants_dx ? call.dx.data_ptr() : nullptr;
-  params.partials = partials.data_ptr();
   params.totals = totals.data_ptr();
   params.projections = projections.data_ptr();
   params.affine = call.parameters.affine;
   params.gradients = call.gradients;
   params.shape = call.shape;
-  params.reduce = plan.reduce;
-  params.apply = plan.apply;
   params.sums = sums;
   params.silu = silu;
-  check(group_norm_act_backward(params, call.x_dtype, call.dy_dtype, current_stream(x)), "group_norm_act_backward");
+  launch_what_fits(device_of(x), "group_norm_act_backward", [&](const Device& device) {
+    const Plan plan = plan_backward(call.shape, call.x_dtype, call.dy_dtype, is_aligned(call.x) && is_aligned(call.dy),
+                                    params.affine.bytes_per_channel(), sums, device);
+    const Residence& r = plan.residence;
+    const Tensor partials =
+        workspace(workspace_of(plan, call.shape, sums, 2 * r.bundle + int(round_up(sums * r.width, 2))), call.x);
+    params.partials = partials.data_ptr();
+    params.reduce = plan.reduce;
+    params.apply = plan.apply;
+    params.residence = r;
+    const auto launch = plan.resident ? launch_resident_backward : launch_two_pass_backward;
+    return std::pair(plan, launch(params, call.x_dtype, call.dy_dtype, current_stream(x)));
+  });
   return call.outputs();
 }
 

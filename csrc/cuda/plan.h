@@ -1,152 +1,91 @@
 // From shape, layout, dtypes and device to launches and predicted bytes: plain C++, no CUDA, no torch.
 //
-// Both directions stream over the tensor twice: a first pass reduces it (statistics; backward: gradient sums), a
-// second pass, which needs the reductions, writes the result. A pass is cut into units, and a unit never leaves its
-// channels, so that what a thread needs to know of a channel is constant while it streams:
-//   rows     contiguous memory: a unit is a chunk of one channel, shared by a team of 1 to 256 threads;
-//   columns  channels_last: a unit is a chunk of pixels, a thread stays on its vector of channels.
-// The reductions leave one partial result a channel and chunk; a small kernel merges them in a fixed order.
+// What fits the chip is read once (residence.h); what does not, or is not aligned, in two passes (tiling.h).
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-
-#include "problem.h"
+#include "cuda/residence.h"
+#include "cuda/tiling.h"
 
 namespace ldm_fused {
 
-// What a plan looks at of a device.
-struct Device {
-  int multiprocessors;
-};
-
-struct Tiling {
-  bool columns;    // the layout, see above
-  int vector;      // consecutive elements a thread moves at once: 16 bytes of them, or 1 where they are not aligned
-  int team;        // rows: threads sharing a unit, a power of two up to 32, or the whole block
-  int block_x;     // rows: threads of a block; columns: vectors of channels side by side
-  int block_y;     // columns: pixels one below the other
-  int64_t chunk;   // elements of a channel in one unit
-  int64_t chunks;  // units covering a channel
-  int64_t grid_x;
-  int grid_y;  // columns: blocks side by side that cover all channels
-};
-
 struct Plan {
-  const char* tier = "two passes";
+  bool resident;  // else two passes
+  Residence residence;
   Tiling reduce, apply;
   int64_t bytes_read, bytes_written;  // predicted: what all launches' warps ask of global memory
+
+  const char* tier() const {
+    if (!resident) return "two passes";
+    switch (residence.exchange) {
+      case Exchange::block: return "block";
+      case Exchange::cluster: return "cluster";
+      default: return residence.kept < residence.total() ? "grid, in part" : "grid";
+    }
+  }
 };
 
-constexpr int kThreads = 256;           // of a streaming block
-constexpr int kVectorsInFlight = 4;     // loads a thread issues before it uses the first one
-constexpr int kBlocksPerProcessor = 8;  // 8 x 256 threads fill a multiprocessor
-constexpr int kEnoughBlocks = 2;        // a multiprocessor: below that, more blocks are worth more partial results
-constexpr int kPixelsPerPartial = 32;   // of a channels_last chunk, which keep its partial results below 9 % of traffic
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline Tiling tile_rows(const Shape& shape, int vector, const Device& device) {
-  const int64_t vectors = ceil_div(shape.spatial, vector);
-  Tiling t{};
-  t.vector = vector;
-  t.block_x = kThreads;
-  t.block_y = 1;
-  t.grid_y = 1;
-  if (vectors > 32 * 2 * kVectorsInFlight) {
-    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * kBlocksPerProcessor, shape.rows());
-    const int64_t useful = ceil_div(vectors, kThreads * kVectorsInFlight);
-    const int64_t chunk_vectors = ceil_div(ceil_div(vectors, std::min(wanted, useful)), kThreads) * kThreads;
-    t.team = kThreads;
-    t.chunk = chunk_vectors * vector;
-  } else {
-    t.team = 1;
-    while (t.team < 32 && t.team < vectors) t.team *= 2;
-    t.chunk = vectors * vector;
+// What a resident kernel reads of parameters, and what its teams exchange: `partial` bytes a group, `totals` a channel.
+inline void count_exchange(Plan& plan, int64_t parameter_bytes, int64_t partial, int64_t totals) {
+  const Residence& r = plan.residence;
+  const int64_t blocks = r.items * r.team;
+  plan.bytes_read += blocks * r.width * parameter_bytes;
+  if (r.exchange == Exchange::grid) {
+    plan.bytes_written += blocks * (r.bundle * partial + r.width * totals);
+    plan.bytes_read += blocks * (r.team * r.bundle * partial + r.width * totals);
   }
-  t.chunks = ceil_div(shape.spatial, t.chunk);
-  t.grid_x = ceil_div(shape.rows() * t.chunks, kThreads / t.team);
-  return t;
 }
 
-inline Tiling tile_columns(const Shape& shape, int vector, const Device& device) {
-  const int64_t vectors = ceil_div(shape.channels, vector);
-  Tiling t{};
-  t.columns = true;
-  t.vector = vector;
-  t.grid_y = int(ceil_div(vectors, kThreads));
-  t.block_x = int(ceil_div(vectors, t.grid_y));
-  t.block_y = kThreads / t.block_x;
-  const auto blocks = [&](int per_processor) {
-    return ceil_div(int64_t(device.multiprocessors) * per_processor, shape.batch * t.grid_y);
-  };
-  const int64_t useful = ceil_div(shape.spatial, t.block_y * kVectorsInFlight);
-  const int64_t cheap = std::max(ceil_div(shape.spatial, kPixelsPerPartial), blocks(kEnoughBlocks));
-  const int64_t units = std::min({useful, cheap, blocks(kBlocksPerProcessor)});
-  t.chunk = ceil_div(ceil_div(shape.spatial, units), t.block_y) * t.block_y;
-  t.chunks = ceil_div(shape.spatial, t.chunk);
-  t.grid_x = shape.batch * t.chunks;
-  return t;
-}
-
-// `widest` is the vector that moves 16 bytes of the narrowest tensor of the pass. It is used where every vector of
-// every tensor starts at a multiple of 16 bytes; `aligned` says whether the tensors themselves do.
-inline Tiling tile(const Shape& shape, int widest, bool aligned, const Device& device) {
-  const bool columns = shape.channels_last || shape.spatial == 1;
-  const int64_t run = columns ? shape.channels : shape.spatial;
-  const int vector = aligned && run % widest == 0 ? widest : 1;
-  return columns ? tile_columns(shape, vector, device) : tile_rows(shape, vector, device);
-}
-
-constexpr int vector_of(int size) { return 16 / size; }
-
-inline int64_t partials_of(const Shape& shape, const Tiling& reduce) { return shape.rows() * reduce.chunks; }
-
-// What a streaming pass reads of its channels before it streams: `channel_bytes` of each channel and `group_bytes` of
-// its group. Rows read them once a warp, columns once a block; a warp reads what its lanes have in common once.
-inline int64_t channel_reads(const Shape& shape, const Tiling& t, int64_t channel_bytes, int64_t group_bytes) {
-  const int64_t per_group = shape.channels_per_group();
-  int64_t readers, channels;  // warps that read, and how many channels each
-  if (t.columns) {
-    readers = t.grid_x * ceil_div(shape.channels, 32);
-    channels = 32;
-  } else {
-    readers = ceil_div(shape.rows() * t.chunks * t.team, 32);
-    channels = t.team < 32 ? 32 / t.team : 1;
-  }
-  return readers * (channels * channel_bytes + (1 + (channels - 1) / per_group) * group_bytes);
-}
-
-// Forward: reads x twice, writes y. `parameter_bytes`: of all parameters of one channel.
+// Forward: reads x, writes y. `parameter_bytes`: of all parameters of one channel.
 inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, int64_t parameter_bytes,
                          const Device& device) {
   const int sx = size_of(x), sy = size_of(y), sa = x == Dtype::float64 ? 8 : 4;
+  const int64_t statistics = 2 * sa * shape.batch * shape.groups;
   Plan plan{};
+  plan.bytes_read = sx * shape.elements();
+  plan.bytes_written = sy * shape.elements() + statistics;
+  const Demand demand{vector_of(std::min(sx, sy)), sx, std::min(sx, sy), sx + sy, 2, 0, held_vectors(sx, sy)};
+  if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {
+    plan.resident = true;
+    plan.bytes_read += plan.residence.items * read_again(plan.residence, shape, demand);
+    count_exchange(plan, parameter_bytes, 2 * sa, 0);
+    return plan;
+  }
   plan.reduce = tile(shape, vector_of(sx), aligned, device);
   plan.apply = tile(shape, vector_of(std::min(sx, sy)), aligned, device);
   const int64_t partials = 2 * sa * partials_of(shape, plan.reduce);
-  const int64_t statistics = 2 * sa * shape.batch * shape.groups;
   const int64_t shifts = channel_reads(shape, plan.reduce, sx, 0) + kThreads / 32 * sa * shape.batch * shape.groups;
-  plan.bytes_read =
-      2 * sx * shape.elements() + shifts + partials + channel_reads(shape, plan.apply, parameter_bytes, 2 * sa);
-  plan.bytes_written = sy * shape.elements() + partials + statistics;
+  plan.bytes_read +=
+      sx * shape.elements() + shifts + partials + channel_reads(shape, plan.apply, parameter_bytes, 2 * sa);
+  plan.bytes_written += partials;
   return plan;
 }
 
-// Backward: reads x and dy twice, writes dx and the gradients of the parameters. `sums` per channel: 2, and a third
-// where pre_bias wants its gradient.
+// Backward: reads x and dy, writes dx and the gradients of the parameters. `sums` per channel: 2, and a third where
+// pre_bias wants its gradient.
 inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, int64_t parameter_bytes, int sums,
                           const Device& device) {
   const int sx = size_of(x), sy = size_of(dy), sa = x == Dtype::float64 ? 8 : 4;
-  Plan plan{};
-  plan.reduce = plan.apply = tile(shape, vector_of(std::min(sx, sy)), aligned, device);
-  const int64_t partials = sums * sa * partials_of(shape, plan.reduce);
   const int64_t totals = sums * sa * shape.rows();
+  Plan plan{};
+  // Of each sample, parameter_gradients() reads the totals, and rstd once for all channels of a warp.
+  const int64_t rstd = shape.batch * ceil_div(shape.channels, 32) * (1 + 31 / shape.channels_per_group()) * sa;
+  plan.bytes_read = (sx + sy) * shape.elements() + totals + rstd;
+  plan.bytes_written = sx * shape.elements() + totals + parameter_bytes * shape.channels;
+  const Demand demand{vector_of(std::min(sx, sy)), sx + sy, std::min(sx, sy), 2 * sx + sy, sums, sums, 0};
+  if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {
+    plan.resident = true;
+    const Residence& r = plan.residence;
+    plan.bytes_read += r.items * read_again(r, shape, demand) + r.items * r.team * r.bundle * 2 * sa;
+    count_exchange(plan, parameter_bytes, 2 * sa, sums * sa);
+    return plan;
+  }
+  plan.reduce = plan.apply = tile(shape, demand.vector, aligned, device);
+  const int64_t partials = sums * sa * partials_of(shape, plan.reduce);
   const int64_t projections = 2 * sa * shape.batch * shape.groups;
-  plan.bytes_read = 2 * (sx + sy) * shape.elements() + channel_reads(shape, plan.reduce, parameter_bytes, 2 * sa) +
-                    partials + totals + projections + 2 * parameter_bytes * shape.rows() +
-                    channel_reads(shape, plan.apply, parameter_bytes, 4 * sa);
-  plan.bytes_written = sx * shape.elements() + partials + totals + projections + parameter_bytes * shape.channels;
+  plan.bytes_read += (sx + sy) * shape.elements() + channel_reads(shape, plan.reduce, parameter_bytes, 2 * sa) +
+                     partials + projections + parameter_bytes * shape.rows() +  // merge_sums() reads a weight
+                     channel_reads(shape, plan.apply, parameter_bytes, 4 * sa);
+  plan.bytes_written += partials + projections;
   return plan;
 }
 

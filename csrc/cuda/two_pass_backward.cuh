@@ -6,66 +6,19 @@
 // Three sums a channel (GradientSums) give dx and the gradients of all parameters.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/gradients.cuh"
+#include "cuda/two_pass.cuh"
 
 namespace ldm_fused {
-
-struct BackwardParams {
-  const void* dy;       // in, dtype Y
-  const void* x;        // in, dtype X, same layout
-  const void* mean;     // in, (N, G) of Accumulate<X>
-  const void* rstd;     // in, (N, G) of Accumulate<X>
-  void* dx;             // out, dtype X, same layout; null: not wanted
-  void* partials;       // workspace, partials_of() times `sums` of Accumulate<X>: GradientSums of a channel's chunk
-  void* totals;         // workspace, (N, C) times `sums` of Accumulate<X>: GradientSums of a channel
-  void* projections;    // workspace, (N, G) of Projection<Accumulate<X>>
-  Affine affine;        // in
-  Gradients gradients;  // out
-  Shape shape;
-  Tiling reduce, apply;
-  int sums;  // 2, or 3 where dpre_bias is wanted
-  bool silu;
-};
-
-template <class A>
-__device__ __forceinline__ GradientSums<A> load_sums(const void* array, int64_t index, int sums) {
-  const A* at = static_cast<const A*>(array) + index * sums;
-  return {at[0], at[1], sums == 3 ? at[2] : A(0)};
-}
-
-template <class A>
-__device__ __forceinline__ void store_sums(void* array, int64_t index, int sums, const GradientSums<A>& value) {
-  A* at = static_cast<A*>(array) + index * sums;
-  at[0] = value.dz;
-  at[1] = value.dz_x;
-  if (sums == 3) at[2] = value.x;
-}
-
-// What the input gradient needs to know of a channel.
-template <class A>
-struct ChannelGradient {
-  ChannelAffine<A> affine;
-  Projection<A> projection;
-};
 
 template <class A>
 __device__ __forceinline__ ChannelGradient<A> load_channel(const BackwardParams& p, int64_t n, int64_t c) {
   return {load_affine<A>(p, n, c), static_cast<const Projection<A>*>(p.projections)[p.shape.group(n, c)]};
 }
 
-// dy times the activation's derivative at x.
-template <bool Fast, class A>
-__device__ __forceinline__ A gradient_of_affine(const ChannelAffine<A>& affine, A x, A dy, bool silu) {
-  return silu ? dy * silu_slope<Fast>(affine(x)) : dy;
-}
-
-template <bool Fast, class A>
-__device__ __forceinline__ void accumulate(GradientSums<A>& sums, const ChannelAffine<A>& affine, A x, A dy,
-                                           bool silu) {
-  const A dz = gradient_of_affine<Fast>(affine, x, dy, silu);
-  sums.dz += dz;
-  sums.dz_x += dz * (x - affine.center);
-  sums.x += x - affine.center;
+template <class A>
+__device__ __forceinline__ A* partial_sums(const BackwardParams& p, int64_t index) {
+  return static_cast<A*>(p.partials) + index * p.sums;
 }
 
 // Reads x and dy once; writes the sums of a channel and chunk.
@@ -87,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
   }
   sums = team_reduce(sums, p.reduce.team);
   if (unit.exists && threadIdx.x % p.reduce.team == 0) {
-    store_sums(p.partials, partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk), p.sums, sums);
+    store_sums(partial_sums<A>(p, partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk)), 1, p.sums, sums);
   }
 }
 
@@ -117,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(Backwar
   if (unit.exists && threadIdx.y == 0) {
     const int64_t first = partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk);
 #pragma unroll
-    for (int e = 0; e < V; ++e) store_sums(p.partials, first + e, p.sums, rows[e][thread]);
+    for (int e = 0; e < V; ++e) store_sums(partial_sums<A>(p, first + e), 1, p.sums, rows[e][thread]);
   }
 }
 
@@ -133,11 +86,11 @@ __global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
     const int64_t c = g * channels + i;
     GradientSums<A> channel{};
     for (int64_t k = lane; k < p.reduce.chunks; k += 32) {
-      channel.merge(load_sums<A>(p.partials, partial_index(p.shape, p.reduce, n, c, k), p.sums));
+      channel.merge(load_sums<A>(partial_sums<A>(p, partial_index(p.shape, p.reduce, n, c, k)), 1, p.sums));
     }
     channel = team_reduce(channel, 32);
     if (lane == 0) {
-      store_sums(p.totals, n * p.shape.channels + c, p.sums, channel);
+      store_sums(static_cast<A*>(p.totals) + n * p.shape.channels + c, p.shape.rows(), p.sums, channel);
       const A gain = p.affine.weight.load<A>(n, c, 1) * (A(1) + p.affine.scale.load<A>(n, c, 0));
       group.merge({gain * channel.dz, gain * channel.dz_x, A(0)});
     }
@@ -149,29 +102,6 @@ __global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
     static_cast<Projection<A>*>(p.projections)[blockIdx.x] = {rstd * (group.dz / count),
                                                               (group.dz_x / count) * rstd * rstd * rstd};
   }
-}
-
-// Small: one thread a channel walks the samples.
-template <class A>
-__global__ void __launch_bounds__(kThreads) parameter_gradients(BackwardParams p) {
-  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (c >= p.shape.channels) return;
-  ParameterGradients<A> sum{};
-  for (int64_t n = 0; n < p.shape.batch; ++n) {
-    const int64_t group = p.shape.group(n, c);
-    sum.add(p.affine, p.gradients, p.shape, n, c, static_cast<const A*>(p.rstd)[group],
-            static_cast<const Projection<A>*>(p.projections)[group],
-            load_sums<A>(p.totals, n * p.shape.channels + c, p.sums));
-  }
-  sum.store(p.gradients, c);
-}
-
-// dx = slope * dz - k1 - k2 * (x - center)
-template <class X, class A>
-__device__ __forceinline__ X input_gradient(const ChannelGradient<A>& channel, A x, A dy, bool silu) {
-  const auto& [affine, projection] = channel;
-  const A dz = gradient_of_affine<kFast<X>>(affine, x, dy, silu);
-  return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center));
 }
 
 // Reads x and dy once, writes dx once.
@@ -236,7 +166,7 @@ cudaError_t launch_input_gradient(const BackwardParams& p, cudaStream_t stream) 
 }
 
 // All of the backward pass for a tensor that is not empty, asynchronously on `stream`.
-inline cudaError_t group_norm_act_backward(const BackwardParams& p, Dtype x, Dtype dy, cudaStream_t stream) {
+inline cudaError_t launch_two_pass_backward(const BackwardParams& p, Dtype x, Dtype dy, cudaStream_t stream) {
   return dispatch_pair(x, dy, [&](auto x_type, auto dy_type) {
     using X = decltype(x_type);
     using Y = decltype(dy_type);
@@ -244,10 +174,7 @@ inline cudaError_t group_norm_act_backward(const BackwardParams& p, Dtype x, Dty
     if (const cudaError_t error = launch_sums<X, Y>(p, stream)) return error;
     const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
     if (const cudaError_t error = launch(merge_sums<A>, groups, kThreads, stream, p)) return error;
-    if (p.gradients.any()) {
-      const dim3 channels(unsigned(ceil_div(p.shape.channels, kThreads)));
-      if (const cudaError_t error = launch(parameter_gradients<A>, channels, kThreads, stream, p)) return error;
-    }
+    if (const cudaError_t error = launch_parameter_gradients<A>(p, stream)) return error;
     return p.dx == nullptr ? cudaSuccess : launch_input_gradient<X, Y>(p, stream);
   });
 }

@@ -4,22 +4,9 @@
 // read from there). Parallel over channels and chunks of them, so that batch 1 with 32 groups fills the chip.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/two_pass.cuh"
 
 namespace ldm_fused {
-
-struct ForwardParams {
-  const void* x;   // in, dtype X
-  void* y;         // out, dtype Y, same layout
-  void* mean;      // out, (N, G) of Accumulate<X>: mean of x + pre_bias
-  void* rstd;      // out, (N, G) of Accumulate<X>: 1 / sqrt(var + eps)
-  void* partials;  // workspace, partials_of() pairs of Accumulate<X>: mean and m2 of a channel's chunk
-  Affine affine;   // in
-  Shape shape;
-  Tiling reduce, apply;
-  double eps;
-  bool silu;
-};
 
 // The moments of one chunk by one thread, gathered in batches: a batch is held in registers, averaged, centered and
 // then merged, which costs one division a batch. All values are relative to `shift`, an element of the channel: the
@@ -207,7 +194,7 @@ cudaError_t launch_apply(const ForwardParams& p, cudaStream_t stream) {
 }
 
 // All of the forward pass for a tensor that is not empty, asynchronously on `stream`.
-inline cudaError_t group_norm_act_forward(const ForwardParams& p, Dtype x, Dtype y, cudaStream_t stream) {
+inline cudaError_t launch_two_pass_forward(const ForwardParams& p, Dtype x, Dtype y, cudaStream_t stream) {
   return dispatch_pair(x, y, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);

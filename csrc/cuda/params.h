@@ -1,0 +1,41 @@
+// What the launchers hand to the kernels: one struct an op. Plain C++, no CUDA, no torch.
+#pragma once
+
+#include "cuda/plan.h"
+#include "problem.h"
+
+namespace ldm_fused {
+
+struct ForwardParams {
+  const void* x;   // in, dtype X
+  void* y;         // out, dtype Y, same layout
+  void* mean;      // out, (N, G) of Accumulate<X>: mean of x + pre_bias
+  void* rstd;      // out, (N, G) of Accumulate<X>: 1 / sqrt(var + eps)
+  void* partials;  // workspace: mean and m2 of a channel's chunk (two passes), or what blocks exchange (grid)
+  Affine affine;   // in
+  Shape shape;
+  Tiling reduce, apply;  // two passes
+  Residence residence;   // one read
+  double eps;
+  bool silu;
+};
+
+struct BackwardParams {
+  const void* dy;       // in, dtype Y
+  const void* x;        // in, dtype X, same layout
+  const void* mean;     // in, (N, G) of Accumulate<X>
+  const void* rstd;     // in, (N, G) of Accumulate<X>
+  void* dx;             // out, dtype X, same layout; null: not wanted
+  void* partials;       // workspace: GradientSums of a channel's chunk (two passes), or what blocks exchange (grid)
+  void* totals;         // workspace, (sums, N, C) of Accumulate<X>: GradientSums of a channel
+  void* projections;    // workspace, (N, G) of Projection<Accumulate<X>>
+  Affine affine;        // in
+  Gradients gradients;  // out
+  Shape shape;
+  Tiling reduce, apply;  // two passes
+  Residence residence;   // one read
+  int sums;              // 2, or 3 where dpre_bias is wanted
+  bool silu;
+};
+
+}  // namespace ldm_fused

@@ -1,0 +1,267 @@
+// One read: how whole groups stay on the chip between their reduction and their use. Plain C++, no CUDA, no torch.
+//
+// An item is a bundle of whole groups of one sample; a team of blocks shares it, each block a chunk of every channel.
+// A thread copies its own vectors to shared memory, each to a slot that no other thread touches: together the slots are
+// a larger register file, in which loads can be in flight. What a thread streams is cut into units, which a few lanes
+// reduce together:
+//   rows     contiguous memory: a unit is a part of one channel's chunk, and a thread takes `rounds` of them;
+//   columns  channels_last: the only unit is the block's chunk of pixels, whose rows lie across the lanes of a warp.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "problem.h"
+
+namespace ldm_fused {
+
+enum class Exchange {
+  block,    // a team is one block
+  cluster,  // a thread-block cluster: partial results go through distributed shared memory
+  grid      // all blocks are resident, and teams exchange through global memory
+};
+
+struct Residence {
+  Exchange exchange;
+  bool columns;
+  int vector;        // consecutive elements a thread moves at once: 16 bytes of the narrowest tensor
+  int bundle;        // groups of an item
+  int width;         // channels of an item
+  int64_t items;     // of the tensor
+  int team;          // blocks that share an item
+  int teams;         // in the grid; team i takes items i, i + teams, ...
+  int threads;       // of a block
+  int chunk;         // of a channel in one block: rows: vectors; columns: pixels
+  int lanes;         // rows: of a unit, a power of two up to 32; columns: vectors that cover the width, up to 32
+  int parts;         // rows: units that a channel's chunk is cut into
+  int length;        // rows: vectors of a unit
+  int rounds;        // units of a thread
+  int steps;         // vectors of a thread in a unit
+  int entries;       // partial results of a block
+  int slots;         // of a thread: vectors that fit shared memory
+  int kept;          // of a thread: vectors of an item that stay in its slots
+  int held;          // of a thread: the last vectors of an item, in registers; the rest is read again
+  int tables;        // bytes of shared memory in front of the slots
+  int shared_bytes;  // of shared memory, in all
+
+  LDM_FUSED_HD int total() const { return rounds * steps; }  // vectors of a thread in an item
+  LDM_FUSED_HD int again() const { return total() - kept - held; }
+  int64_t blocks() const { return int64_t(team) * teams; }
+};
+
+// What the tensors of a pass ask for.
+struct Demand {
+  int vector;     // elements, see Residence
+  int bytes;      // of one element in all tensors that are read
+  int narrowest;  // bytes of an element of the narrowest tensor
+  int moved;      // bytes of an element that are read and written
+  int partial;    // floats of a partial result
+  int totals;     // floats of each channel's totals; 0: nobody asks for them
+  int held;       // vectors that the registers of a thread hold for a grid's columns
+};
+
+constexpr int kMostLanes = 32;
+constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
+constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
+constexpr int kFewerThreads = 256;        // of one that has not
+constexpr int kGridThreads = 256;         // of a grid's block, whose threads need more registers than 128
+constexpr int kLeastRow = 64;             // bytes of a channels_last row, where groups can be bundled so
+constexpr int kSector = 32;               // bytes: a row that is no multiple wastes what it shares
+constexpr int kSmallItem = 8192;          // bytes: smaller groups share a block
+constexpr int kSmallSlice = 4096;         // bytes of a block's part of an item: below, more blocks do not pay
+constexpr int kEnoughResidentBlocks = 2;  // a multiprocessor: one loads while the other stores
+constexpr int kLargeSlice = 32768;        // bytes of it: above, idle multiprocessors are worth a slower exchange
+
+// Estimates for an H200, which nobody has measured yet.
+constexpr double kBytesPerNanosecond = 32;  // that one multiprocessor moves
+constexpr double kLaunch = 2000;            // nanoseconds between dependent kernels
+constexpr double kClusterWait = 1000;       // that a cluster waits for its last block
+constexpr double kWait = 2000;              // the same for a team of a grid
+constexpr double kHiddenWait = 500;         // the same while the next item's loads are in flight
+
+// Vectors of x that a thread of the forward pass keeps in registers, for x and y of those sizes.
+LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) { return x_size <= y_size ? 16 : 0; }
+
+// Bytes of shared memory beside the slots: each channel's parameters, the partial results, each group's result and what
+// the team exchanges of it and of its channels.
+inline int tables_of(const Residence& r, const Demand& demand) {
+  const int floats = (3 + demand.totals) * r.width + demand.partial * r.entries + 4 * r.bundle;
+  return int(round_up(4 * floats, 16));
+}
+
+// Vectors in a piece of memory, rounded up to whole lines or sectors where it is long enough for that.
+inline int64_t whole(int64_t vectors) { return round_up(vectors, vectors >= 8 * kLine ? kLine : vectors >= 2 ? 2 : 1); }
+
+// The cut of a block's chunk into units that leaves the fewest lanes idle. The lanes of a unit read whole lines, where
+// the chunk has any; to reduce a unit costs about as much as one more vector.
+inline void cut_rows(Residence& r, int64_t vectors) {
+  r.chunk = int(whole(ceil_div(vectors, r.team)));
+  int64_t least = INT64_MAX;
+  for (int lanes = kMostLanes; lanes >= 1; lanes /= 2) {
+    if (lanes > 1 && lanes / 2 >= r.chunk) continue;
+    if (lanes < kLine && least < INT64_MAX) break;
+    const int abreast = r.threads / lanes;
+    for (int rounds = 1; rounds <= 4; ++rounds) {
+      const int length = int(whole(ceil_div(r.chunk, std::max(1, rounds * abreast / r.width))));
+      const int parts = int(ceil_div(r.chunk, length));
+      const int taken = int(ceil_div(int64_t(r.width) * parts, abreast));
+      const int steps = int(ceil_div(length, lanes));
+      const int64_t cost = int64_t(taken) * (steps + 1);
+      if (cost >= least) continue;
+      least = cost;
+      r.lanes = lanes;
+      r.parts = parts;
+      r.length = length;
+      r.rounds = taken;
+      r.steps = steps;
+    }
+  }
+  r.entries = r.width * r.parts;
+}
+
+inline void cut_columns(Residence& r, int64_t pixels) {
+  r.chunk = int(ceil_div(pixels, r.team));
+  r.lanes = r.width / r.vector;
+  r.parts = r.rounds = 1;
+  r.length = r.chunk;
+  const int warps = r.threads / 32;
+  r.steps = int(ceil_div(r.chunk, warps * (32 / r.lanes)));
+  r.entries = r.width * warps;
+}
+
+// Groups of an item; 0: none fit.
+inline int bundle_of(const Shape& shape, bool columns, const Demand& demand, const Device& device) {
+  const int64_t per_group = shape.channels_per_group();
+  int found = 0;
+  if (!columns) {
+    const int64_t bytes = per_group * shape.spatial * demand.bytes;
+    for (int bundle = 1; bundle <= shape.groups && (bundle == 1 || bundle * bytes <= kSmallItem); ++bundle) {
+      if (shape.groups % bundle) continue;
+      const int64_t items = shape.batch * shape.groups / bundle;
+      if (bundle == 1 || items >= kEnoughResidentBlocks * device.multiprocessors) found = bundle;
+    }
+    return found;
+  }
+  for (int bundle = 1; bundle <= shape.groups && bundle * per_group <= kMostLanes * demand.vector; ++bundle) {
+    if (shape.groups % bundle || bundle * per_group % demand.vector) continue;
+    const int64_t row = bundle * per_group * demand.narrowest;
+    if (row % kSector == 0 && row >= kLeastRow) return bundle;
+    if (found == 0 || row % kSector == 0) found = bundle;
+  }
+  return found;
+}
+
+// An item shared by that many blocks; kept is 0 where nothing of it fits.
+inline Residence reside(const Shape& shape, bool columns, int bundle, int team, int threads, const Demand& demand,
+                        const Device& device) {
+  Residence r{};
+  r.columns = columns;
+  r.vector = demand.vector;
+  r.bundle = bundle;
+  r.width = int(bundle * shape.channels_per_group());
+  r.items = shape.batch * (shape.groups / bundle);
+  r.team = team;
+  const int64_t vectors = shape.spatial * r.width / demand.vector;
+  r.threads = int(std::min<int64_t>(threads, round_up(ceil_div(vectors, team), 32)));
+  columns ? cut_columns(r, shape.spatial) : cut_rows(r, shape.spatial / demand.vector);
+  r.tables = tables_of(r, demand);
+  const int slot = r.threads * demand.vector * demand.bytes;
+  r.slots = std::max(0, device.shared_per_block - r.tables) / slot;
+  r.kept = std::min(r.slots, r.total());
+  return r;
+}
+
+inline void finish(Residence& r, Exchange exchange, int64_t teams, int64_t slots, const Demand& demand) {
+  r.exchange = exchange;
+  r.teams = int(teams);
+  r.slots = int(std::min<int64_t>(r.slots, slots));
+  r.shared_bytes = r.tables + r.slots * r.threads * demand.vector * demand.bytes;
+}
+
+// The whole item in one block or a cluster, one item a team: in as few blocks as leave none idle and leave room for a
+// second one on each multiprocessor. More than eight share an item only where it fits no other way, or multiprocessors
+// are idle.
+inline bool reside_in_clusters(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
+                               Residence& found) {
+  const int64_t bytes = shape.spatial * bundle * shape.channels_per_group() * demand.bytes;
+  const int64_t items = shape.batch * (shape.groups / bundle);
+  bool fits = false;
+  for (int team = 1; team <= device.max_cluster && items * team < int64_t(1) << 31; team *= 2) {
+    if (fits && (bytes / team < kSmallSlice || (team > 8 && found.blocks() >= device.multiprocessors))) break;
+    const bool small = bytes / team <= device.shared_per_block / 3;
+    Residence r = reside(shape, columns, bundle, team, small ? kFewerThreads : kMostThreads, demand, device);
+    if (r.kept < r.total()) continue;
+    finish(r, team == 1 ? Exchange::block : Exchange::cluster, items, r.total(), demand);
+    found = r;
+    fits = true;
+    const bool room = 2 * r.shared_bytes < device.shared_per_block;
+    if (room && r.blocks() >= kEnoughResidentBlocks * device.multiprocessors) break;
+  }
+  return fits;
+}
+
+// Bytes that an item's blocks read again, because they do not fit.
+inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& demand) {
+  return r.width * shape.spatial * demand.bytes * r.again() / r.total();
+}
+
+// Nanoseconds that the grid takes, by estimate.
+inline double time_of(const Residence& r, const Shape& shape, const Demand& demand) {
+  const double moved = double(r.width) * double(shape.spatial) * demand.moved + double(read_again(r, shape, demand));
+  const bool hidden = r.slots >= r.total() + r.total() / 2;
+  const double wait = r.exchange != Exchange::grid ? kClusterWait : hidden ? kHiddenWait : kWait;
+  return double(ceil_div(r.items, r.teams)) * (moved / r.team / kBytesPerNanosecond + wait);
+}
+
+inline double time_of_two_passes(const Shape& shape, const Demand& demand, const Device& device) {
+  const double moved = double(shape.elements()) * (demand.moved + demand.bytes);
+  return moved / device.multiprocessors / kBytesPerNanosecond + 2 * kLaunch;
+}
+
+// One block a multiprocessor, in teams of equal size that take one item after the other; of the next one as much is in
+// flight as there are slots. False: no slot fits.
+inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
+                           Residence& found) {
+  const int64_t items = shape.batch * (shape.groups / bundle);
+  double least = 0;
+  int64_t last = 0;
+  for (int64_t rounds = 1, teams = 0; teams != 1; rounds += 1 + rounds / 4) {
+    teams = std::min<int64_t>(ceil_div(items, std::min(rounds, items)), device.multiprocessors);
+    if (teams == last) continue;
+    last = teams;
+    Residence r = reside(shape, columns, bundle, int(device.multiprocessors / teams), kGridThreads, demand, device);
+    if (r.kept == 0) continue;
+    if (columns && r.total() - r.kept >= demand.held) r.held = demand.held;
+    finish(r, Exchange::grid, teams, 2 * int64_t(r.total()), demand);
+    const double time = time_of(r, shape, demand);
+    if (least == 0 || time < least) {
+      least = time;
+      found = r;
+    }
+  }
+  return least > 0;
+}
+
+// How one read of the tensors serves, if it does.
+inline bool reside(const Shape& shape, const Demand& demand, const Device& device, Residence& found) {
+  const bool columns = shape.channels_last || shape.spatial == 1;
+  if ((columns ? shape.channels : shape.spatial) % demand.vector || shape.spatial >= int64_t(1) << 31) return false;
+  if (shape.batch * shape.groups >= int64_t(1) << 31) return false;
+  const int bundle = bundle_of(shape, columns, demand, device);
+  if (bundle == 0) return false;
+  const bool fits = reside_in_clusters(shape, columns, bundle, demand, device, found);
+  const int64_t slice = shape.spatial * bundle * shape.channels_per_group() * demand.bytes / std::max(1, found.team);
+  if (fits && (slice <= kLargeSlice || 4 * found.blocks() >= 3 * device.multiprocessors)) return true;
+  Residence in_grid{};
+  if (reside_in_grid(shape, columns, bundle, demand, device, in_grid)) {
+    const double time = time_of(in_grid, shape, demand);
+    if (time < (fits ? time_of(found, shape, demand) : time_of_two_passes(shape, demand, device))) {
+      found = in_grid;
+      return true;
+    }
+  }
+  return fits;
+}
+
+}  // namespace ldm_fused

@@ -1,0 +1,389 @@
+// One read: what its kernels share. residence.h says how items are cut, and what a slot is.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
+
+#include "cuda/common.cuh"
+
+namespace ldm_fused {
+
+template <class V>
+constexpr int kBatchOf = 64 / sizeof(V);  // vectors that a thread works on side by side
+constexpr unsigned kAllLanes = ~0u;
+
+__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
+__device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
+
+// ---- Where a thread is ----------------------------------------------------------------------------------------
+
+struct Item {
+  uint32_t index, n, c;  // n: sample; c: first channel
+  int64_t first;         // offset of its first element
+};
+
+// In 32 bits, of which all need few enough: registers are short, and a longer division is a call.
+__device__ __forceinline__ Item item_of(const Shape& shape, const Residence& r, uint32_t index) {
+  const uint32_t bundles = uint32_t(shape.groups) / uint32_t(r.bundle);
+  Item item{index, index / bundles, index % bundles * r.width, 0};
+  item.first =
+      r.columns ? item.n * shape.channels * shape.spatial + item.c : (item.n * shape.channels + item.c) * shape.spatial;
+  return item;
+}
+
+// Of a channel's chunk, what block `rank` of the team has: vectors (rows) or pixels (columns). The last ones may have
+// less than the others, or nothing.
+__device__ __forceinline__ int chunk_of(const Shape& shape, const Residence& r, int rank) {
+  const int64_t left = (r.columns ? shape.spatial : shape.spatial / r.vector) - int64_t(rank) * r.chunk;
+  return int(max(int64_t(0), min(left, int64_t(r.chunk))));
+}
+
+// A thread's vectors in one unit: at first, first + stride, ...
+struct Span {
+  int64_t first, stride;  // offsets in elements
+  int count;              // may be 0
+  int entry;              // where the unit's partial result goes; columns: that of the first channel
+  int channel;            // of the item; columns: the first of the vector
+
+  __device__ __forceinline__ int64_t at(int i) const { return first + i * stride; }
+};
+
+// Pixels that a block's threads have side by side.
+__device__ __forceinline__ int pixels_abreast(const Residence& r) { return blockDim.x / 32 * (32 / r.lanes); }
+
+template <bool kColumns, int V>
+__device__ __forceinline__ int64_t stride_of(const Shape& shape, const Residence& r) {
+  return kColumns ? pixels_abreast(r) * shape.channels : int64_t(r.lanes) * V;
+}
+
+template <bool kColumns, int V>
+__device__ __forceinline__ Span span_of(const Shape& shape, const Residence& r, const Item& item, int rank, int round) {
+  Span span{};
+  span.stride = stride_of<kColumns, V>(shape, r);
+  const int chunk = chunk_of(shape, r, rank);
+  if constexpr (kColumns) {
+    const int abreast = 32 / r.lanes, rows = pixels_abreast(r);
+    const int row = warp_index() * abreast + lane_index() / r.lanes, column = lane_index() % r.lanes;
+    span.first = item.first + (int64_t(rank) * r.chunk + row) * shape.channels + column * V;
+    span.count = lane_index() < abreast * r.lanes && row < chunk ? (chunk - row - 1) / rows + 1 : 0;
+    span.channel = column * V;
+    span.entry = warp_index() * r.width + span.channel;
+  } else {
+    const int unit = round * (blockDim.x / r.lanes) + threadIdx.x / r.lanes;
+    const int part = unit % r.parts, begin = part * r.length + threadIdx.x % r.lanes;
+    const int end = min((part + 1) * r.length, chunk);
+    const bool exists = unit < r.entries;
+    span.channel = exists ? unit / r.parts : 0;
+    span.first = item.first + span.channel * shape.spatial + (int64_t(rank) * r.chunk + begin) * V;
+    span.count = exists && begin < end ? (end - begin - 1) / r.lanes + 1 : 0;
+    span.entry = unit;
+  }
+  return span;
+}
+
+// The vectors that went into the entries of one part: rows: of a channel's chunk; columns: of the pixels, by one warp.
+template <bool kColumns>
+__device__ __forceinline__ int vectors_of(const Residence& r, int chunk, int part) {
+  if constexpr (kColumns) {
+    const int abreast = 32 / r.lanes, rows = pixels_abreast(r);
+    return chunk / rows * abreast + max(0, min(chunk % rows - part * abreast, abreast));
+  }
+  return max(0, min((part + 1) * r.length, chunk) - part * r.length);
+}
+
+// Entries of a channel.
+template <bool kColumns>
+__device__ __forceinline__ int parts_of(const Residence& r) {
+  return kColumns ? blockDim.x / 32 : r.parts;
+}
+
+template <bool kColumns>
+__device__ __forceinline__ int entry_of(const Residence& r, int channel, int part) {
+  return kColumns ? part * r.width + channel : channel * r.parts + part;
+}
+
+// ---- Shared memory --------------------------------------------------------------------------------------------
+
+struct alignas(8) Pair {
+  float a, b;
+};
+
+// The tables in front of the slots, in this order; tables_of() counts their bytes.
+struct Tables {
+  Pair* groups;                  // of each group, what the block's threads use
+  float* exchange;               // what the block tells its team: a Pair of each group, and floats of each channel
+  float* entries;                // partial results of the units
+  ChannelAffine<float>* affine;  // of each channel
+
+  // floats: of a partial result, and of each channel that are exchanged.
+  __device__ __forceinline__ Tables(const Residence& r, void* shared, int partial, int totals) {
+    groups = static_cast<Pair*>(shared);
+    exchange = reinterpret_cast<float*>(groups + r.bundle);
+    entries = exchange + 2 * r.bundle + totals * r.width;
+    affine = reinterpret_cast<ChannelAffine<float>*>(entries + partial * r.entries);
+  }
+};
+
+// A thread's slots, V elements of each of one or two tensors in each.
+template <int V>
+struct Slots {
+  uint4* own;
+
+  template <class T>
+  static constexpr int kPieces = V * int(sizeof(T)) / 16;
+
+  __device__ __forceinline__ Slots(const Residence& r, void* shared)
+      : own(reinterpret_cast<uint4*>(static_cast<char*>(shared) + r.tables) + threadIdx.x) {}
+
+  // Neighbouring threads' pieces are neighbours: no two lanes meet in a bank.
+  __device__ __forceinline__ uint4* piece(int i) const { return own + i * blockDim.x; }
+
+  template <class T>
+  __device__ __forceinline__ void copy(int first_piece, const T* from) const {
+#pragma unroll
+    for (int i = 0; i < kPieces<T>; ++i) {
+      __pipeline_memcpy_async(piece(first_piece + i), reinterpret_cast<const uint4*>(from) + i, 16);
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ Vec<T, V> read(int first_piece) const {
+    uint4 words[kPieces<T>];
+#pragma unroll
+    for (int i = 0; i < kPieces<T>; ++i) words[i] = *piece(first_piece + i);
+    Vec<T, V> result;
+    memcpy(&result, words, sizeof result);
+    return result;
+  }
+};
+
+// Copies a thread's vectors of all its items to its slots, in the order of their use and ahead of it.
+template <bool kColumns, int V>
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(const Shape& shape, const Residence& r, uint32_t item, int rank)
+      : item_(item), rank_(rank) {
+    begin_unit(shape, r);
+  }
+
+  // Up to the position `end` of the current item, or of those behind it. copy_one(slot, offset) starts a copy.
+  template <class F>
+  __device__ __forceinline__ void copy_to(int end, const Shape& shape, const Residence& r, F&& copy_one) {
+    for (; ahead_ < end && item_ < r.items; ++ahead_) {
+      if (step_ < count_) copy_one(slot_, at_);
+      at_ += stride_of<kColumns, V>(shape, r);
+      if (++slot_ == r.slots) slot_ = 0;
+      const bool item_ends = round_ * r.steps + ++step_ == r.kept;
+      if (!item_ends && step_ < r.steps) continue;
+      step_ = 0;
+      round_ = item_ends ? 0 : round_ + 1;
+      if (item_ends) item_ += r.teams;
+      begin_unit(shape, r);
+    }
+    __pipeline_commit();
+  }
+
+  // The current item is done with.
+  __device__ __forceinline__ void next_item(const Residence& r) { ahead_ -= r.kept; }
+
+ private:
+  __device__ __forceinline__ void begin_unit(const Shape& shape, const Residence& r) {
+    const Span span = span_of<kColumns, V>(shape, r, item_of(shape, r, item_), rank_, round_);
+    at_ = span.first;
+    count_ = span.count;
+  }
+
+  uint32_t item_;
+  int rank_, ahead_ = 0, round_ = 0, step_ = 0, slot_ = 0, count_;
+  int64_t at_;
+};
+
+// ---- Teams ----------------------------------------------------------------------------------------------------
+
+// Not there before compute capability 9.0, where no plan asks for it.
+__device__ __forceinline__ void cluster_sync() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T* in_block_of_cluster(T* shared, int rank) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+#else
+  return shared;
+#endif
+}
+
+// Memory of a grid's teams, apart so that they do not wait for each other's lines.
+struct TeamCounter {
+  unsigned arrived, padding[31];
+};
+
+// The blocks that share an item. Each leaves what it has of the item's groups, and of its channels, in tables.exchange;
+// after exchange() all can read it. In a grid that goes through memory, in two places by turns: who writes the next
+// item's results cannot overtake who still reads this one's, but may be one exchange ahead.
+template <bool kGrid>
+class Team {
+ public:
+  const int index, rank, size;
+
+  // `floats` of each channel are exchanged beside the Pair of each group.
+  __device__ __forceinline__ Team(const Residence& r, void* workspace, const Tables& tables, int floats)
+      : index(blockIdx.x / r.team),
+        rank(blockIdx.x % r.team),
+        size(r.team),
+        bundle_(r.bundle),
+        floats_(int(round_up(floats * r.width, 2))),
+        own_(tables.exchange) {
+    if constexpr (kGrid) {
+      counter_ = static_cast<TeamCounter*>(workspace) + index;
+      memory_ = reinterpret_cast<float*>(static_cast<TeamCounter*>(workspace) + r.teams) +
+                int64_t(index) * 2 * size * (2 * bundle_ + floats_);
+    }
+  }
+
+  // Before the first exchange.
+  __device__ __forceinline__ void start() {
+    if constexpr (kGrid) {
+      if (rank == 0 && threadIdx.x == 0) counter_->arrived = 0;
+      cooperative_groups::this_grid().sync();
+    }
+  }
+
+  // Waits until all blocks of the team are here, and does something else first.
+  template <class F>
+  __device__ __forceinline__ void exchange(F&& meanwhile) {
+    if constexpr (kGrid) {
+      target_ += size;
+      __syncthreads();
+      publish();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(&counter_->arrived, 1u);
+      }
+      meanwhile();
+      if (threadIdx.x == 0) {
+        while (atomicAdd(&counter_->arrived, 0u) < target_) __nanosleep(32);
+        __threadfence();
+      }
+      __syncthreads();
+    } else {
+      size > 1 ? cluster_sync() : __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ Pair group_of(int from, int g) const {
+    if constexpr (kGrid) return groups()[g * size + from];
+    return reinterpret_cast<const Pair*>(of_block(from))[g];
+  }
+
+  // The floats of each channel, all channels of the first one first.
+  __device__ __forceinline__ const float* channels_of(int from) const {
+    if constexpr (kGrid) return channels() + from * floats_;
+    return of_block(from) + 2 * bundle_;
+  }
+
+  __device__ __forceinline__ void next_item() { turn_ ^= 1; }
+
+  // No block may leave while another reads its shared memory.
+  __device__ __forceinline__ void leave() {
+    if (!kGrid && size > 1) cluster_sync();
+  }
+
+ private:
+  __device__ __forceinline__ float* turn() const { return memory_ + turn_ * size * (2 * bundle_ + floats_); }
+  // A group's pairs are neighbours, because each block reads them all.
+  __device__ __forceinline__ Pair* groups() const { return reinterpret_cast<Pair*>(turn()); }
+  __device__ __forceinline__ float* channels() const { return turn() + 2 * bundle_ * size; }
+
+  __device__ __forceinline__ float* of_block(int from) const {
+    return size > 1 ? in_block_of_cluster(own_, from) : own_;
+  }
+
+  __device__ __forceinline__ void publish() {
+    for (int g = threadIdx.x; g < bundle_; g += blockDim.x) {
+      groups()[g * size + rank] = reinterpret_cast<const Pair*>(own_)[g];
+    }
+    for (int i = threadIdx.x; i < floats_; i += blockDim.x) channels()[rank * floats_ + i] = own_[2 * bundle_ + i];
+  }
+
+  int bundle_, floats_, turn_ = 0;
+  float* own_;
+  float* memory_ = nullptr;
+  TeamCounter* counter_ = nullptr;
+  unsigned target_ = 0;
+};
+
+// ---- Reductions -----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+// Merges values of a warp's lanes that have the same column, lanes apart; the results are the first row's.
+template <class T>
+__device__ __forceinline__ void merge_warp_rows(T& value, int lanes) {
+  const int row = lane_index() / lanes;
+  for (int height = 32 / lanes; height > 1;) {
+    const int half = (height + 1) / 2;
+    const T other = shuffle_down(value, half * lanes, 32);
+    if (row + half < height) value.merge(other);
+    height = half;
+  }
+}
+
+// ---- Launching ------------------------------------------------------------------------------------------------
+
+// cudaErrorCooperativeLaunchTooLarge: the device has no room for a team.
+template <class Params>
+cudaError_t launch_resident(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
+  const Residence& r = params.residence;
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(r.blocks()));
+  config.blockDim = dim3(unsigned(r.threads));
+  config.dynamicSmemBytes = size_t(r.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = r.exchange != Exchange::block;
+  if (r.exchange == Exchange::grid) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(r.team), 1, 1};
+  }
+  if (r.shared_bytes > 48 * 1024) {
+    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, r.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  if (r.exchange == Exchange::cluster && r.team > 8) {
+    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  if (r.exchange == Exchange::cluster) {
+    int clusters = 0;
+    const auto error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error != cudaSuccess) return error;
+    if (clusters == 0) return cudaErrorCooperativeLaunchTooLarge;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// Calls f with a value of the storage type of each dtype that the resident kernels are compiled for.
+template <class F>
+cudaError_t dispatch_resident(Dtype x, Dtype y, F&& f) {
+  return dispatch_pair(x, y, [&](auto x_type, auto y_type) {
+    if constexpr (sizeof(x_type) == 8)
+      return cudaErrorInvalidValue;
+    else
+      return f(x_type, y_type);
+  });
+}
+
+}  // namespace ldm_fused
