@@ -4,7 +4,8 @@
 what ptxas says of it and its disassembly. It fails (status 1) on
   - a spill or a stack frame, in any kernel: local memory is traffic that no plan predicts;
   - a global access of less than 16 bytes in a streaming loop: instructions are then the limit, where memory should be;
-  - a kernel that the table below does not know, or a streaming one without a loop to judge: not looking is no passing.
+  - a kernel that the table below does not know, or a streaming one without a loop to judge: not looking is no passing;
+  - too many kernels: each adds to the compile time and to the binary.
 What it read is left in build/sass.
 """
 import argparse
@@ -33,15 +34,42 @@ ROOT = Path(__file__).resolve().parent.parent
 # where every vector is whole: none of its loops has a reason for a narrow access, and the one that takes what an
 # unrolled loop leaves over is judged like it.
 STREAMING = r"(statistics|sums|(?P<writes>apply|input_gradient))_(rows|columns)"
+# Those that also do all that is between: vectors stream in some of their loops, others run once an item and are narrow.
+# The numbers, see judge_resident(): at least so many places load 16 bytes, at least so many store them, and at most so
+# many asides are narrow. The first name that matches counts; its arguments end in V (never 1), columns and grid. Who
+# changes what a kernel does counts again: a number is not there to let pass what nvcc has split.
+RESIDENT = {
+    # Copies; stores y. Aside: parameters; the team's groups.
+    r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 2),
+    # Copies first, while waiting, and while storing; loads what registers hold, and what does not fit, for statistics
+    # and again for y; stores y of what is loaded again, held and copied. Aside: parameters; publishing groups, and
+    # channels (it has none to publish); the team's groups; the counter's reset and cooperative_groups' barrier.
+    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
+    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 6),  # registers hold nothing
+    # Copies; stores dx. Aside: parameters; the team's groups; totals, and two loops more that write the zeros of a team
+    # of no block, of which nvcc does not know that there is none.
+    r"resident_backward<.+, \d+, (true|false), false>": (1, 1, 5),
+    # Copies as above, and where dx is not wanted; loads what does not fit for the sums, again for dx; stores dx of that
+    # and of what was copied. Aside: as above, and totals.
+    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
+}
 # Those that see only partial results and parameters.
 SMALL = r"merge_statistics|merge_sums|parameter_gradients"
 
 WIDE = 16  # bytes
+MOST_KERNELS = 199  # each costs a third of a second of nvcc and 50 KB, for every architecture
+
+
+def known_places(name):
+    """What RESIDENT says of a kernel; None for others."""
+    return next((numbers for pattern, numbers in RESIDENT.items() if re.fullmatch(pattern, name)), None)
 
 
 def role(name):
-    """"streaming", "misaligned" (V = 1) or "small"; None for a kernel that is not in the table."""
+    """"streaming", "resident", "misaligned" (V = 1) or "small"; None for a kernel that is not in the table."""
     base, _, arguments = name.partition("<")
+    if known_places(name):
+        return "resident"
     if re.fullmatch(STREAMING, base):
         return "misaligned" if re.fullmatch(r"(.*, )?1>", arguments) else "streaming"
     return "small" if re.fullmatch(SMALL, base) else None
@@ -59,7 +87,9 @@ class Function:
     stack: int = 0  # bytes
     shared: int = 0  # bytes, static
     name: str = ""  # demangled
-    accesses: list = field(default_factory=list)  # Instructions: a streaming kernel's, in its streaming loops
+    accesses: list = field(default_factory=list)  # Instructions: the streaming ones
+    places: list = field(default_factory=list)  # a resident kernel's: the wide accesses of each place that has some
+    asides: list = field(default_factory=list)  # a resident kernel's: the accesses of each
     unread: str = ""  # why the disassembly could not be followed
 
 
@@ -165,6 +195,62 @@ def reachable(start, edges, within):
     return seen
 
 
+@dataclass
+class Loop:
+    body: set  # indices of instructions
+    inner: list  # the Loops in it
+
+    @property
+    def own(self):
+        return self.body.difference(*(loop.body for loop in self.inner))
+
+
+class Flow:
+    """What runs after what in a function."""
+
+    def __init__(self, code):
+        self.code, self.after = code, successors(code)
+        self.before = [[] for _ in self.after]
+        for i, targets in enumerate(self.after):
+            for j in targets:
+                self.before[j].append(i)
+        self.everything = set(range(len(self.after)))
+
+    def cycles(self, within):
+        """Disjoint: the largest sets of instructions that can all run again after each other."""
+        found = []
+        for head in sorted({j for i in within for j in self.after[i] if j <= i}):  # somewhere each cycle goes back
+            if head in within and not any(head in cycle for cycle in found):
+                cycle = reachable(head, self.after, within) & reachable(head, self.before, within)
+                found += [cycle] if cycle else []
+        return found
+
+    def loops(self, within=None):
+        """The outermost ones."""
+        found = []
+        for body in self.cycles(self.everything if within is None else within):
+            entries = {i for i in body if set(self.before[i]) - body} or {min(body)}
+            found.append(Loop(body, self.loops(body - entries)))  # without its entry it does not run again, others do
+        return found
+
+    def accesses(self, instructions):
+        """The global ones of these instructions and of the subroutines that they call; whether there are stores to
+        shared memory."""
+        found, todo = set(instructions), list(instructions)
+        while todo:
+            call = self.code.instructions[todo.pop()]
+            if call.kind == "CALL" and "`(.L" not in call.operands:
+                label = re.search(r"`\((.+?)\)", call.operands)
+                if not label or label[1] not in self.code.labels:
+                    raise ValueError(f"a loop calls code that is elsewhere: {call}")
+                start = self.code.labels[label[1]]
+                subroutine = {start} | reachable(start, self.after, self.everything)
+                todo += subroutine - found
+                found |= subroutine
+        found = [self.code.instructions[i] for i in sorted(found)]
+        return [each for each in found if each.is_access], any(each.kind == "STS" for each in found)
+
+
 def streaming_loops(code):
     """The global accesses of each loop that has some, and encloses no other that has some.
 
@@ -172,46 +258,54 @@ def streaming_loops(code):
     a load of a channel's parameters is. So may a loop that puts parameters into shared memory: it stores there, and no
     access of it is wide. A subroutine that a loop calls is part of it.
     """
-    after = successors(code)
-    before = [[] for _ in after]
-    for i, targets in enumerate(after):
-        for j in targets:
-            before[j].append(i)
-    everything = set(range(len(after)))
+    flow = Flow(code)
 
-    def cycles(within):
-        """Disjoint: the largest sets of instructions that can all run again after each other."""
-        found = []
-        for head in sorted({j for i in within for j in after[i] if j <= i}):  # somewhere each cycle goes back
-            if head in within and not any(head in cycle for cycle in found):
-                cycle = reachable(head, after, within) & reachable(head, before, within)
-                found += [cycle] if cycle else []
-        return found
-
-    def accesses(loop):
-        loop, todo = set(loop), list(loop)
-        while todo:
-            call = code.instructions[todo.pop()]
-            if call.kind == "CALL" and "`(.L" not in call.operands:
-                label = re.search(r"`\((.+?)\)", call.operands)
-                if not label or label[1] not in code.labels:
-                    raise ValueError(f"a loop calls code that is elsewhere: {call}")
-                start = code.labels[label[1]]
-                subroutine = {start} | reachable(start, after, everything)
-                todo += subroutine - loop
-                loop |= subroutine
-        found = [code.instructions[i] for i in sorted(loop) if code.instructions[i].is_access]
-        shares = any(code.instructions[i].kind == "STS" for i in loop)
-        return [] if shares and all(access.width < WIDE for access in found) else found
-
-    def innermost(within):
-        for loop in cycles(within):
-            entries = {i for i in loop if set(before[i]) - loop} or {min(loop)}
-            inner = list(innermost(loop - entries))  # without its entry a loop does not run again, loops in it do
-            own = accesses(loop)
+    def innermost(loops):
+        for loop in loops:
+            inner = list(innermost(loop.inner))
+            own, shares = flow.accesses(loop.body)
+            if shares and all(access.width < WIDE for access in own):
+                own = []
             yield from inner or ([own] if own else [])
 
-    return list(innermost(everything))
+    return list(innermost(flow.loops()))
+
+
+def judge_resident(code):
+    """A resident kernel's streaming accesses, the wide ones of each place that has some, and its asides.
+
+    A place is a loop without the loops in it, or what is in no loop. A loop with a wide access, of its own or of a loop
+    in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
+    own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
+    registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
+    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not.
+    """
+    flow = Flow(code)
+    streaming, places, asides = [], [], []
+
+    def streams(access):
+        return access.width >= WIDE or access.kind == "LDGSTS"
+
+    def enter(accesses):
+        streaming.extend(accesses)
+        wide = [access for access in accesses if access.width >= WIDE]
+        places.extend([wide] if wide else [])
+
+    def walk(loops):
+        for loop in loops:
+            accesses = flow.accesses(loop.body)[0]
+            if any(map(streams, accesses)):
+                enter(flow.accesses(loop.own)[0])
+                walk(loop.inner)
+            elif accesses:
+                asides.append(accesses)
+
+    outermost = flow.loops()
+    walk(outermost)
+    outside = flow.accesses(flow.everything.difference(*(loop.body for loop in outermost)))[0]
+    enter([access for access in outside if streams(access)])
+    asides += [[access] for access in outside if not streams(access)]
+    return streaming, places, asides
 
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
@@ -234,11 +328,14 @@ def examine(log, disassembly):
         raise RuntimeError(f"ptxas -v and the disassembly do not agree on what was compiled: {which}")
     for function, name in zip(functions.values(), output("c++filt", *functions)[0].splitlines()):
         function.name = re.sub(r"^void |ldm_fused::|\([^()]*\)$", "", name)
-        if function.kernel and role(function.name) == "streaming":
-            try:
-                function.accesses = [access for loop in streaming_loops(codes[function.mangled]) for access in loop]
-            except ValueError as error:
-                function.unread = str(error)
+        code = codes.get(function.mangled)
+        try:
+            if code and role(function.name) == "streaming":
+                function.accesses = [access for loop in streaming_loops(code) for access in loop]
+            elif code and role(function.name) == "resident":
+                function.accesses, function.places, function.asides = judge_resident(code)
+        except ValueError as error:
+            function.unread = str(error)
     return list(functions.values())
 
 
@@ -249,13 +346,23 @@ def faults(function):
     if function.stack:
         yield f"a stack frame of {function.stack} bytes"
     if function.kernel and not role(function.name):
-        yield "named neither in STREAMING nor in SMALL of tests/check_sass.py"
+        yield "named neither in STREAMING nor in RESIDENT nor in SMALL of tests/check_sass.py"
     if function.kernel and role(function.name) == "streaming":
         judged = {access.kind[:2] for access in function.accesses}
         writes = re.match(STREAMING, function.name)["writes"]
         for kind, name, there in (("LD", "load", True), ("ST", "store", writes)):
             if there and kind not in judged:
                 yield f"no {name} judged: {function.unread or f'it has no loop with a global {name}'}"
+    if function.kernel and role(function.name) == "resident":
+        loads, stores, asides = known_places(function.name)
+        for kind, name, least in (("LD", "load", loads), ("ST", "store", stores)):
+            found = sum(any(access.kind.startswith(kind) for access in place) for place in function.places)
+            if found < least:
+                yield (f"{found} of {least} places {name} {WIDE} bytes: "
+                       + (function.unread or "the others are narrow, or RESIDENT says too many"))
+        if len(function.asides) > asides:
+            yield (f"{len(function.asides)} asides narrower than {WIDE} bytes, where {asides} have a reason: "
+                   + ", ".join(str(aside[0]) for aside in function.asides))
     narrow = [access for access in function.accesses if access.width < WIDE]
     if narrow:
         yield (f"{len(narrow)} of {len(function.accesses)} streaming accesses narrower than {WIDE} bytes: "
@@ -292,6 +399,8 @@ def report(functions, every_kernel=False):
     wrong = [f"{arch:>6} {f.name}: {fault}" for arch, some in functions.items() for f in some for fault in faults(f)]
     wrong += [f"{arch:>6} {name}: not compiled for this architecture, unlike for another"
               for arch, some in functions.items() for name in sorted(names - {f.name for f in some})]
+    if len(names) > MOST_KERNELS:
+        wrong.append(f"{len(names)} kernels, more than {MOST_KERNELS}: the compile time and the binary grow with each")
     everything = [f for some in functions.values() for f in some]
     print()
     if wrong:

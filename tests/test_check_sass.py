@@ -1,5 +1,6 @@
 """`make sass` can fail: at a spill, a stack frame, a narrow access, a kernel that it does not know or cannot follow."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -195,14 +196,138 @@ def test_kernels_for_misaligned_tensors_and_small_ones_may_be_narrow():
 
 def test_a_kernel_of_unknown_name_fails():
     [fault] = check(*renamed("_ZN9ldm_fused10apply_diskIfLi4EEEvNS_13ForwardParamsE"))
-    assert fault.startswith("named neither in STREAMING nor in SMALL")
+    assert fault.startswith("named neither in STREAMING nor in RESIDENT nor in SMALL")
+
+
+@pytest.mark.parametrize("name,role", [
+    ("apply_rows<float, 4>", "streaming"), ("apply_rows<float, 1>", "misaligned"), ("merge_sums<float>", "small"),
+    ("resident_forward<float, Half, 8, true, false>", "resident"),
+    ("resident_backward<BFloat16, BFloat16, 8, false, true>", "resident"),
+    ("resident_backward<float, float, 1, false, true>", "resident"),  # never narrow for a reason
+    ("resident_backward<float, 4>", None), ("resident_forward<float, float, 4, true>", None),
+    ("resident_sideways<float, float, 4, true, true>", None), ("apply_disk<float, 4>", None)])
+def test_roles(name, role):
+    assert check_sass.role(name) == role
+
+
+# resident_forward<float, float, 4, true, false>: copies to shared memory; loads parameters; what blocks of a cluster
+# have of a group, and statistics; rounds, which store y of a vector in registers, then of those in shared memory.
+RESIDENT_NAME = "_ZN9ldm_fused16resident_forwardIffLi4ELb1ELb0EEEvNS_13ForwardParamsE"
+RESIDENT_PTXAS = PTXAS.replace(NAME, RESIDENT_NAME)
+RESIDENT_SASS = f"""\
+.text.{RESIDENT_NAME}:
+.L_x_0:
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R12], desc[UR6][R4.64] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   LDG.E.U16 R0, desc[UR6][R2.64] ;
+        /*0030*/                   STS [R8], R0 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   FADD R0, R0, R1 ;
+.L_x_3:
+        /*0060*/                   LD.E R1, desc[UR6][R2.64] ;
+        /*0070*/               @P1 BRA `(.L_x_3) ;
+        /*0080*/                   STG.E desc[UR6][R2.64], R0 ;
+        /*0090*/               @P0 BRA `(.L_x_2) ;
+.L_x_4:
+        /*00a0*/                   STG.E.128 desc[UR6][R6.64], R4 ;
+.L_x_5:
+        /*00b0*/                   LDS.128 R8, [R12] ;
+        /*00c0*/                   STG.E.128 desc[UR6][R8.64], R8 ;
+        /*00d0*/               @P1 BRA `(.L_x_5) ;
+        /*00e0*/               @P0 BRA `(.L_x_4) ;
+        /*00f0*/                   EXIT ;
+"""
+COPY, HELD, KEPT = (next(line.split("*/")[1].strip(" ;") for line in RESIDENT_SASS.splitlines() if address in line)
+                    for address in ("/*0000*/", "/*00a0*/", "/*00c0*/"))
+
+
+def with_resident_sass(*changes):
+    sass = RESIDENT_SASS
+    for old, new in changes:
+        sass = change(sass, old, new)
+    return check(RESIDENT_PTXAS, sass)
+
+
+def asides(*found):
+    known = ["LDG.E.U16 at 0x0020", "LD.E at 0x0060"]
+    return (f"{len(known) + len(found)} asides narrower than 16 bytes, where 2 have a reason: "
+            + ", ".join(sorted([*known, *found], key=lambda access: access.split()[-1])))
+
+
+def test_a_resident_kernel_streams_wide_and_has_narrow_loops_aside(capsys):
+    [kernel] = check_sass.examine(RESIDENT_PTXAS, RESIDENT_SASS)
+    assert kernel.name == "resident_forward<float, float, 4, true, false>"
+    assert sorted(map(str, kernel.accesses)) == [
+        "LDGSTS.E.BYPASS.128 at 0x0000", "STG.E.128 at 0x00a0", "STG.E.128 at 0x00c0"]
+    assert len(kernel.places) == 3
+    assert [list(map(str, aside)) for aside in kernel.asides] == [
+        ["LDG.E.U16 at 0x0020"], ["LD.E at 0x0060", "STG.E at 0x0080"]]
+    assert check_sass.report({"9.0": [kernel]})
+    assert capsys.readouterr().out.endswith(
+        "sass: 1 kernels x 1 architectures, 0 spilled bytes, 100 % of streaming accesses 16 bytes wide\n")
+
+
+def test_copies_of_a_resident_kernel_may_go_through_registers():
+    through = "LDG.E.128 R4, desc[UR6][R4.64] ;\n        /*0008*/   STS.128 [R12], R4"
+    assert with_resident_sass((COPY, through)) == []
+    assert with_resident_sass((COPY, through.replace("LDG.E.128", "LDG.E.64"))) == [
+        "0 of 1 places load 16 bytes: the others are narrow, or RESIDENT says too many",
+        asides("LDG.E.64 at 0x0000")]
+
+
+def test_a_narrow_asynchronous_copy_fails():
+    assert with_resident_sass((COPY, COPY.replace(".BYPASS.128", ".64"))) == [
+        "0 of 1 places load 16 bytes: the others are narrow, or RESIDENT says too many",
+        "1 of 3 streaming accesses narrower than 16 bytes: LDGSTS.E.64 at 0x0000"]
+
+
+def test_a_split_store_of_a_resident_kernel_fails():
+    """One of a loop's; in a loop around another that streams; all of a loop; all."""
+    narrow = KEPT.replace(".128", ".64")
+    assert with_resident_sass((KEPT, f"{KEPT} ;\n        /*00c8*/   {narrow}")) == [
+        "1 of 4 streaming accesses narrower than 16 bytes: STG.E.64 at 0x00c8"]
+    assert with_resident_sass((HELD, HELD.replace(".128", ".64"))) == [
+        "1 of 3 streaming accesses narrower than 16 bytes: STG.E.64 at 0x00a0"]
+    assert with_resident_sass((KEPT, narrow)) == [asides("STG.E.64 at 0x00c0")]
+    assert with_resident_sass((KEPT, narrow), (HELD, HELD.replace(".128", ".U16"))) == [
+        "0 of 1 places store 16 bytes: the others are narrow, or RESIDENT says too many",
+        asides("STG.E.U16 at 0x00a0")]
+
+
+def test_outside_loops_each_narrow_access_of_a_resident_kernel_is_an_aside():
+    stores = " ;\n        /*00f8*/   ".join(["STG.E desc[UR6][R2.64], R0"] * 2 + ["EXIT"])
+    assert with_resident_sass(("EXIT", stores.replace("STG.E", "STG.E.128"))) == []
+    assert with_resident_sass(("EXIT", stores)) == [asides("STG.E at 0x00f0", "STG.E at 0x00f8")]
+
+
+def test_a_resident_kernel_that_cannot_be_followed_fails():
+    assert with_resident_sass(("@P0 BRA `(.L_x_4)", "BRX R2 -0x10")) == [
+        f"0 of 1 places {access} 16 bytes: the disassembly does not say where BRX at 0x00e0 goes"
+        for access in ("load", "store")]
+
+
+def test_what_resident_kernels_are_to_have_goes_by_their_arguments():
+    loads = [check_sass.known_places(f"resident_forward<{arguments}, true>")[0] for arguments in (
+        "float, float, 4, true", "Half, float, 8, true", "float, Half, 8, true", "Half, Half, 8, false")]
+    assert loads == [6, 6, 5, 5]  # without vectors in registers, a place less
+
+
+def test_too_many_kernels_fail(capsys):
+    [kernel] = check_sass.examine(PTXAS, SASS)
+    kernels = [dataclasses.replace(kernel, name=f"apply_rows<T{i}, 4>") for i in range(200)]
+    assert check_sass.report({"9.0": kernels[1:]})
+    assert not check_sass.report({"9.0": kernels})
+    assert "200 kernels, more than 199: the compile time and the binary grow with each" in capsys.readouterr().out
 
 
 def test_every_kernel_of_the_sources_is_in_the_table():
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
     names = re.findall(r"__global__ void\s+(?:__\w+__\([^)]*\)\s+)*(\w+)\(", sources)
     assert len(names) == sources.count("__global__ ") > 0
-    assert [name for name in names if not check_sass.role(name + "<float, 4>")] == []
+    assert [name for name in names if not any(check_sass.role(name + arguments) for arguments in (
+        "<float, 4>", "<float, float, 4, true, true>"))] == []
 
 
 def test_a_kernel_that_one_architecture_lacks_fails(capsys):

@@ -32,7 +32,8 @@ struct Residence {
   int team;          // blocks that share an item
   int teams;         // in the grid; team i takes items i, i + teams, ...
   int threads;       // of a block
-  int chunk;         // of a channel in one block: rows: vectors; columns: pixels
+  int extent;        // of a channel: rows: vectors; columns: pixels
+  int chunk;         // of it in one block
   int lanes;         // rows: of a unit, a power of two up to 32; columns: vectors that cover the width, up to 32
   int parts;         // rows: units that a channel's chunk is cut into
   int length;        // rows: vectors of a unit
@@ -95,8 +96,8 @@ inline int64_t whole(int64_t vectors) { return round_up(vectors, vectors >= 8 * 
 
 // The cut of a block's chunk into units that leaves the fewest lanes idle. The lanes of a unit read whole lines, where
 // the chunk has any; to reduce a unit costs about as much as one more vector.
-inline void cut_rows(Residence& r, int64_t vectors) {
-  r.chunk = int(whole(ceil_div(vectors, r.team)));
+inline void cut_rows(Residence& r) {
+  r.chunk = int(whole(ceil_div(r.extent, r.team)));
   int64_t least = INT64_MAX;
   for (int lanes = kMostLanes; lanes >= 1; lanes /= 2) {
     if (lanes > 1 && lanes / 2 >= r.chunk) continue;
@@ -120,8 +121,8 @@ inline void cut_rows(Residence& r, int64_t vectors) {
   r.entries = r.width * r.parts;
 }
 
-inline void cut_columns(Residence& r, int64_t pixels) {
-  r.chunk = int(ceil_div(pixels, r.team));
+inline void cut_columns(Residence& r) {
+  r.chunk = int(ceil_div(r.extent, r.team));
   r.lanes = r.width / r.vector;
   r.parts = r.rounds = 1;
   r.length = r.chunk;
@@ -164,7 +165,8 @@ inline Residence reside(const Shape& shape, bool columns, int bundle, int team, 
   r.team = team;
   const int64_t vectors = shape.spatial * r.width / demand.vector;
   r.threads = int(std::min<int64_t>(threads, round_up(ceil_div(vectors, team), 32)));
-  columns ? cut_columns(r, shape.spatial) : cut_rows(r, shape.spatial / demand.vector);
+  r.extent = int(columns ? shape.spatial : shape.spatial / demand.vector);
+  columns ? cut_columns(r) : cut_rows(r);
   r.tables = tables_of(r, demand);
   const int slot = r.threads * demand.vector * demand.bytes;
   r.slots = std::max(0, device.shared_per_block - r.tables) / slot;

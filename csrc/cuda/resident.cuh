@@ -31,11 +31,10 @@ __device__ __forceinline__ Item item_of(const Shape& shape, const Residence& r, 
   return item;
 }
 
-// Of a channel's chunk, what block `rank` of the team has: vectors (rows) or pixels (columns). The last ones may have
-// less than the others, or nothing.
-__device__ __forceinline__ int chunk_of(const Shape& shape, const Residence& r, int rank) {
-  const int64_t left = (r.columns ? shape.spatial : shape.spatial / r.vector) - int64_t(rank) * r.chunk;
-  return int(max(int64_t(0), min(left, int64_t(r.chunk))));
+// What block `rank` of the team has of a channel, in vectors (rows) or pixels (columns). The last blocks may have less
+// than the others, or nothing.
+__device__ __forceinline__ int chunk_of(const Residence& r, int rank) {
+  return int(max(int64_t(0), min(r.extent - int64_t(rank) * r.chunk, int64_t(r.chunk))));
 }
 
 // A thread's vectors in one unit: at first, first + stride, ...
@@ -60,7 +59,7 @@ template <bool kColumns, int V>
 __device__ __forceinline__ Span span_of(const Shape& shape, const Residence& r, const Item& item, int rank, int round) {
   Span span{};
   span.stride = stride_of<kColumns, V>(shape, r);
-  const int chunk = chunk_of(shape, r, rank);
+  const int chunk = chunk_of(r, rank);
   if constexpr (kColumns) {
     const int abreast = 32 / r.lanes, rows = pixels_abreast(r);
     const int row = warp_index() * abreast + lane_index() / r.lanes, column = lane_index() % r.lanes;
@@ -270,8 +269,10 @@ class Team {
         __threadfence();
       }
       __syncthreads();
+    } else if (size > 1) {
+      cluster_sync();
     } else {
-      size > 1 ? cluster_sync() : __syncthreads();
+      __syncthreads();
     }
   }
 
@@ -315,6 +316,64 @@ class Team {
   float* memory_ = nullptr;
   TeamCounter* counter_ = nullptr;
   unsigned target_ = 0;
+};
+
+// ---- Blocks ---------------------------------------------------------------------------------------------------
+
+// What a block goes from item to item with. kPieces: of a slot, 16 bytes each.
+template <int V, bool kColumns, bool kGrid, int kPieces>
+struct ResidentBlock {
+  static constexpr int kChannels = kColumns ? V : 1;  // of a vector
+  static constexpr int kElements = V / kChannels;     // of a channel in a vector
+
+  const Shape& shape;
+  const Residence& r;
+  const Tables tables;
+  const Slots<V> slots;
+  Team<kGrid> team;
+  Item item;
+  Loader<kColumns, V> loader;
+  int first_slot = 0;  // of the item
+
+  // partial: floats of a partial result; totals: floats of each channel that are exchanged.
+  template <class Params>
+  __device__ __forceinline__ ResidentBlock(const Params& p, void* shared, int partial, int totals)
+      : shape(p.shape),
+        r(p.residence),
+        tables(r, shared, partial, totals),
+        slots(r, shared),
+        team(r, p.partials, tables, totals),
+        item(item_of(shape, r, team.index)),
+        loader(shape, r, item.index, team.rank) {}
+
+  __device__ __forceinline__ int group_channels() const { return r.width / r.bundle; }
+
+  // The thread's vectors of its unit in that round.
+  __device__ __forceinline__ Span span(int round) const {
+    return span_of<kColumns, V>(shape, r, item, team.rank, round);
+  }
+
+  // The first piece of the slot that has the thread's k-th vector of the item.
+  __device__ __forceinline__ int piece_of(int k) const {
+    const int slot = first_slot + k;
+    return (slot < r.slots ? slot : slot - r.slots) * kPieces;
+  }
+
+  // Vectors that may have been copied once those in front of the k-th are used up: no further than the next item, for
+  // which the next wait is.
+  __device__ __forceinline__ int room_behind(int k) const { return min(k + r.slots, 2 * r.kept); }
+
+  // To the team's next item; false: there is none. All threads of the block are done with the tables then.
+  __device__ __forceinline__ bool next_item() {
+    if constexpr (!kGrid) return false;
+    loader.next_item(r);
+    team.next_item();
+    first_slot += r.kept;
+    if (first_slot >= r.slots) first_slot -= r.slots;
+    item = item_of(shape, r, item.index + r.teams);
+    __syncthreads();
+    return item.index < r.items;
+  }
 };
 
 // ---- Reductions -----------------------------------------------------------------------------------------------

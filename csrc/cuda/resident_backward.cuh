@@ -23,82 +23,81 @@ struct ChannelSums {
 };
 
 template <class X, class Y, int V, bool kColumns, bool kGrid>
-__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_backward(BackwardParams p) {
-  constexpr int kChannels = kColumns ? V : 1;      // of a vector
-  constexpr int kPairs = kBatchOf<Vec<X, V>> / 2;  // vectors of x and of dy that a thread works on side by side
-  const Residence& r = p.residence;
-  const X* const x = static_cast<const X*>(p.x);
-  const Y* const dy = static_cast<const Y*>(p.dy);
-  X* const dx = static_cast<X*>(p.dx);
-  LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
-  const Tables tables(r, shared, p.sums, p.sums);
-  const Slots<V> slots(r, shared);
-  constexpr int kOfX = Slots<V>::template kPieces<X>, kPieces = kOfX + Slots<V>::template kPieces<Y>;
-  const bool wants_totals = p.gradients.any();
-  Team<kGrid> team(r, p.partials, tables, wants_totals ? p.sums : 0);
-  const int group_channels = r.width / r.bundle;
+struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + sizeof(Y)) / 16> {
+  using Block = ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + sizeof(Y)) / 16>;
+  using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
+  static constexpr int kOfX = V * int(sizeof(X)) / 16;    // pieces of a slot; dy's are behind them
+  static constexpr int kBatch = kBatchOf<Vec<X, V>> / 2;  // vectors of x, and as many of dy
 
-  Item item = item_of(p.shape, r, team.index);
-  Loader<kColumns, V> loader(p.shape, r, item.index, team.rank);
-  const auto copy_to = [&](int end) {
-    loader.copy_to(end, p.shape, r, [&](int slot, int64_t at) {
-      slots.copy(slot * kPieces, x + at);
-      slots.copy(slot * kPieces + kOfX, dy + at);
+  const BackwardParams& p;
+  const X* const x;
+  const Y* const dy;
+  X* const dx;
+
+  __device__ __forceinline__ ResidentBackward(const BackwardParams& p, void* shared)
+      : Block(p, shared, p.sums, p.sums),
+        p(p),
+        x(static_cast<const X*>(p.x)),
+        dy(static_cast<const Y*>(p.dy)),
+        dx(static_cast<X*>(p.dx)) {}
+
+  __device__ __forceinline__ void copy_to(int end) {
+    this->loader.copy_to(end, shape, r, [&](int slot, int64_t at) {
+      slots.copy(slot * (kOfX + slots.template kPieces<Y>), x + at);
+      slots.copy(slot * (kOfX + slots.template kPieces<Y>)+kOfX, dy + at);
     });
-  };
-  copy_to(r.kept);
-  team.start();
+  }
 
-  for (int first_slot = 0; item.index < r.items;) {
-    const int64_t first_group = p.shape.group(item.n, item.c);
+  // The affine map of the item's channels; mean and rstd of its groups.
+  __device__ __forceinline__ void load_parameters() const {
+    const int64_t first_group = shape.group(item.n, item.c);
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
-      const int g = c / group_channels;
+      const int g = c / this->group_channels();
       const float mean = static_cast<const float*>(p.mean)[first_group + g];
       const float rstd = static_cast<const float*>(p.rstd)[first_group + g];
       const ChannelAffine<float> affine = channel_affine(p.affine, item.n, item.c + c, mean, rstd);
       tables.affine[c] = affine;
-      if (c % group_channels == 0) tables.groups[g] = {mean, rstd};
+      if (c % this->group_channels() == 0) tables.groups[g] = {mean, rstd};
     }
-    __pipeline_wait_prior(0);
-    __syncthreads();
+  }
 
-    // The thread's vectors step, step + 1, ... of a unit, of which those between `from` and `to` are wanted, counted
-    // from the item's first: calls f(i, x, dy) for each.
-    const auto each = [&](const Span& span, int round, int step, int from, int to, auto&& f) {
-      Vec<X, V> vx[kPairs];
-      Vec<Y, V> vdy[kPairs];
-      const auto is_wanted = [&](int i) {
-        const int k = round * r.steps + step + i;
-        return step + i < r.steps && step + i < span.count && k >= from && k < to;
-      };
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        if (!is_wanted(i)) continue;
-        const int k = round * r.steps + step + i;
-        if (!kGrid || k < r.kept) {
-          const int slot = first_slot + k < r.slots ? first_slot + k : first_slot + k - r.slots;
-          vx[i] = slots.template read<X>(slot * kPieces);
-          vdy[i] = slots.template read<Y>(slot * kPieces + kOfX);
-        } else {
-          vx[i] = load<X, V>(x + span.at(step + i));
-          vdy[i] = load<Y, V>(dy + span.at(step + i));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        if (is_wanted(i)) f(step + i, vx[i], vdy[i]);
-      }
+  // Calls f(i, x, dy) for the vectors `step` and behind of a batch; only those from the item's k-th `from` to `to`.
+  template <class F>
+  __device__ __forceinline__ void each_of_batch(const Span& span, int round, int step, int from, int to, F&& f) const {
+    Vec<X, V> vx[kBatch];
+    Vec<Y, V> vdy[kBatch];
+    const int first = round * r.steps + step;
+    const auto is_wanted = [&](int i) {
+      return step + i < min(r.steps, span.count) && first + i >= from && first + i < to;
     };
-
-    // Sums of the units.
-    for (int round = 0; round < r.rounds; ++round) {
-      const Span span = span_of<kColumns, V>(p.shape, r, item, team.rank, round);
-      ChannelAffine<float> affine[kChannels];
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) affine[c] = tables.affine[span.channel + c];
-      ChannelSums<kChannels> sums{};
-      for (int step = 0; step < r.steps; step += kPairs) {
-        each(span, round, step, 0, r.total(), [&](int, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+    for (int i = 0; i < kBatch; ++i) {
+      if (!is_wanted(i)) continue;
+      if (!kGrid || first + i < r.kept) {
+        const int piece = this->piece_of(first + i);
+        vx[i] = slots.template read<X>(piece);
+        vdy[i] = slots.template read<Y>(piece + kOfX);
+      } else {
+        vx[i] = load<X, V>(x + span.at(step + i));
+        vdy[i] = load<Y, V>(dy + span.at(step + i));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (is_wanted(i)) f(step + i, vx[i], vdy[i]);
+    }
+  }
+
+  // The sums of each unit, in the order of the vectors in memory.
+  __device__ __forceinline__ void reduce_units() const {
+    for (int round = 0; round < r.rounds; ++round) {
+      const Span span = this->span(round);
+      ChannelAffine<float> affine[Block::kChannels];
+#pragma unroll
+      for (int c = 0; c < Block::kChannels; ++c) affine[c] = tables.affine[span.channel + c];
+      ChannelSums<Block::kChannels> sums{};
+      for (int step = 0; step < r.steps; step += kBatch) {
+        each_of_batch(span, round, step, 0, r.total(), [&](int, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
 #pragma unroll
           for (int e = 0; e < V; ++e) {
             const int c = kColumns ? e : 0;
@@ -106,27 +105,27 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
           }
         });
       }
+      float* const entry = tables.entries + span.entry;
       if constexpr (kColumns) {
         merge_warp_rows(sums, r.lanes);
         if (lane_index() < r.lanes) {
 #pragma unroll
-          for (int e = 0; e < V; ++e) store_sums(tables.entries + span.entry + e, r.entries, p.sums, sums.of[e]);
+          for (int e = 0; e < V; ++e) store_sums(entry + e, r.entries, p.sums, sums.of[e]);
         }
       } else {
         const GradientSums<float> unit = lanes_reduce(sums.of[0], r.lanes);
-        if (threadIdx.x % r.lanes == 0 && span.entry < r.entries) {
-          store_sums(tables.entries + span.entry, r.entries, p.sums, unit);
-        }
+        if (threadIdx.x % r.lanes == 0 && span.entry < r.entries) store_sums(entry, r.entries, p.sums, unit);
       }
     }
     __syncthreads();
+  }
 
-    // Sums of the channels, then of the groups; of what the block has, then of what the team has.
-    const int parts = parts_of<kColumns>(r);
+  // The sums of each channel that the block has, then of each group.
+  __device__ __forceinline__ void reduce_channels() const {
     float* const totals = tables.exchange + 2 * r.bundle;
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
       GradientSums<float> channel{};
-      for (int part = 0; part < parts; ++part) {
+      for (int part = 0; part < parts_of<kColumns>(r); ++part) {
         channel.merge(load_sums(tables.entries + entry_of<kColumns>(r, c, part), r.entries, p.sums));
       }
       store_sums(totals + c, r.width, p.sums, channel);
@@ -134,15 +133,19 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
     __syncthreads();
     for (int g = warp_index(); g < r.bundle; g += blockDim.x / 32) {
       Pair group{};
-      for (int c = g * group_channels + lane_index(); c < (g + 1) * group_channels; c += 32) {
+      const int end = (g + 1) * this->group_channels();
+      for (int c = g * this->group_channels() + lane_index(); c < end; c += 32) {
         group.a += tables.affine[c].slope * totals[c];
         group.b += tables.affine[c].slope * totals[r.width + c];
       }
       group = {warp_sum(group.a), warp_sum(group.b)};
       if (lane_index() == 0) reinterpret_cast<Pair*>(tables.exchange)[g] = group;
     }
-    team.exchange([&] { copy_to(r.slots); });
-    const float elements = float(group_channels) * p.shape.spatial;
+  }
+
+  // k1 and k2 of each group, from the sums that the team has.
+  __device__ __forceinline__ void project_groups() const {
+    const float elements = float(this->group_channels()) * shape.spatial;
     for (int g = warp_index(); g < r.bundle; g += blockDim.x / 32) {
       Pair group{};
       for (int rank = lane_index(); rank < team.size; rank += 32) {
@@ -151,73 +154,95 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
         group.b += part.b;
       }
       group = {warp_sum(group.a), warp_sum(group.b)};
-      if (lane_index() == 0) {
-        const float rstd = tables.groups[g].b;
-        const Projection<float> projection{group.a / elements, (group.b / elements) * rstd * rstd};
-        tables.groups[g] = {projection.k1, projection.k2};
-        if (team.rank == 0 && p.gradients.pre_bias.data) {
-          static_cast<Projection<float>*>(p.projections)[first_group + g] = projection;
-        }
+      if (lane_index() > 0) continue;
+      const float rstd = tables.groups[g].b;
+      const Projection<float> projection{group.a / elements, (group.b / elements) * rstd * rstd};
+      tables.groups[g] = {projection.k1, projection.k2};
+      if (team.rank == 0 && p.gradients.pre_bias.data) {
+        static_cast<Projection<float>*>(p.projections)[shape.group(item.n, item.c) + g] = projection;
       }
     }
-    // The blocks of a team share the channels, in runs that fill a sector.
+  }
+
+  // The totals of each channel. The blocks of a team share the channels, in runs that fill a sector.
+  __device__ __forceinline__ void write_totals() const {
     constexpr int kRun = 8;
-    for (int i = threadIdx.x; wants_totals && i / kRun * kRun * team.size < r.width; i += blockDim.x) {
+    float* const totals = static_cast<float*>(p.totals) + item.n * shape.channels + item.c;
+    for (int i = threadIdx.x; i / kRun * kRun * team.size < r.width; i += blockDim.x) {
       const int c = (i / kRun * team.size + team.rank) * kRun + i % kRun;
       if (c >= r.width) continue;
       GradientSums<float> channel{};
       for (int rank = 0; rank < team.size; ++rank) {
         channel.merge(load_sums(team.channels_of(rank) + c, r.width, p.sums));
       }
-      store_sums(static_cast<float*>(p.totals) + item.n * p.shape.channels + item.c + c, p.shape.rows(), p.sums,
-                 channel);
+      store_sums(totals + c, shape.rows(), p.sums, channel);
     }
-    __syncthreads();
-
-    // dx: first of what did not fit, last read first.
-    const auto put = [&](int round, int first_step, int end_step, int by, int from, int to) {
-      const Span span = span_of<kColumns, V>(p.shape, r, item, team.rank, round);
-      ChannelGradient<float> channel[kChannels];
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const Pair* const projection = tables.groups + (span.channel + c) / group_channels;
-        channel[c] = {tables.affine[span.channel + c], {projection->a, projection->b}};
-      }
-      for (int step = first_step; step != end_step; step += by) {
-        each(span, round, step, from, to, [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
-          Vec<X, V> out;
-#pragma unroll
-          for (int e = 0; e < V; ++e) {
-            out.e[e] =
-                input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), float(widen(vdy.e[e])), p.silu);
-          }
-          store(dx + span.at(i), out);
-        });
-        if constexpr (kGrid) {
-          if (by > 0) copy_to(min(round * r.steps + min(step + kPairs, r.steps) + r.slots, 2 * r.kept));
-        }
-      }
-    };
-    const int steps = (r.steps + kPairs - 1) / kPairs * kPairs;
-    if constexpr (kGrid) {
-      for (int round = r.rounds - 1; dx != nullptr && r.kept < (round + 1) * r.steps; --round) {
-        put(round, steps - kPairs, -kPairs, -kPairs, r.kept, r.total());
-      }
-    }
-    for (int round = 0; dx != nullptr && round < r.rounds && round * r.steps < r.kept; ++round) {
-      put(round, 0, steps, kPairs, 0, r.kept);
-    }
-
-    if constexpr (!kGrid) break;
-    if (dx == nullptr) copy_to(2 * r.kept);
-    loader.next_item(r);
-    team.next_item();
-    first_slot += r.kept;
-    if (first_slot >= r.slots) first_slot -= r.slots;
-    item = item_of(p.shape, r, item.index + r.teams);
-    __syncthreads();  // before the tables are written anew
   }
-  team.leave();
+
+  // dx of a round's vectors from the item's k-th `from` to `to`, in steps by `by` vectors.
+  template <class F>
+  __device__ __forceinline__ void write(int round, int step, int end, int by, int from, int to, F&& after_batch) const {
+    const Span span = this->span(round);
+    ChannelGradient<float> channel[Block::kChannels];
+#pragma unroll
+    for (int c = 0; c < Block::kChannels; ++c) {
+      const Pair* const projection = tables.groups + (span.channel + c) / this->group_channels();
+      channel[c] = {tables.affine[span.channel + c], {projection->a, projection->b}};
+    }
+    for (; step != end; step += by) {
+      each_of_batch(span, round, step, from, to, [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+        Vec<X, V> out;
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          out.e[e] =
+              input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), float(widen(vdy.e[e])), p.silu);
+        }
+        store(dx + span.at(i), out);
+      });
+      after_batch(step);
+    }
+  }
+
+  // dx: first of what did not fit, the last read first; then of what is in the slots, which the next item's vectors
+  // take.
+  __device__ __forceinline__ void write_dx() {
+    const int steps = int(round_up(r.steps, kBatch));
+    if constexpr (kGrid) {
+      for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
+        write(round, steps - kBatch, -kBatch, -kBatch, r.kept, r.total(), [](int) {});
+      }
+    }
+    for (int round = 0; round < r.rounds && round * r.steps < r.kept; ++round) {
+      write(round, 0, steps, kBatch, 0, r.kept, [&](int step) {
+        if constexpr (kGrid) copy_to(this->room_behind(round * r.steps + min(step + kBatch, r.steps)));
+      });
+    }
+  }
+};
+
+template <class X, class Y, int V, bool kColumns, bool kGrid>
+__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_backward(BackwardParams p) {
+  LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
+  ResidentBackward<X, Y, V, kColumns, kGrid> block(p, shared);
+  block.copy_to(p.residence.kept);
+  block.team.start();
+  do {
+    block.load_parameters();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    block.reduce_units();
+    block.reduce_channels();
+    block.team.exchange([&] { block.copy_to(p.residence.slots); });
+    block.project_groups();
+    if (p.gradients.any()) block.write_totals();
+    __syncthreads();
+    if (p.dx != nullptr) {
+      block.write_dx();
+    } else if constexpr (kGrid) {
+      block.copy_to(2 * p.residence.kept);
+    }
+  } while (block.next_item());
+  block.team.leave();
 }
 
 inline cudaError_t launch_resident_backward(const BackwardParams& p, Dtype x, Dtype dy, cudaStream_t stream) {

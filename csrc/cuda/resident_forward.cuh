@@ -83,59 +83,54 @@ __device__ __forceinline__ Moments<float> merge_in_warp(int number, F&& f) {
 }
 
 template <class X, class Y, int V, bool kColumns, bool kGrid>
-__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_forward(ForwardParams p) {
-  constexpr int kChannels = kColumns ? V : 1;                                        // of a vector
-  constexpr int kHeld = kColumns && kGrid ? held_vectors(sizeof(X), sizeof(Y)) : 0;  // in registers
-  constexpr int kBatch = kBatchOf<Vec<X, V>>;
-  const Residence& r = p.residence;
-  const X* const x = static_cast<const X*>(p.x);
-  Y* const y = static_cast<Y*>(p.y);
-  LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
-  const Tables tables(r, shared, 2, 0);
-  const Slots<V> slots(r, shared);
-  Team<kGrid> team(r, p.partials, tables, 0);
-  const int chunk = chunk_of(p.shape, r, team.rank), group_channels = r.width / r.bundle;
-  constexpr int kElements = kColumns ? 1 : V;  // of a channel in a vector
+struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 16> {
+  using Block = ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 16>;
+  using Vector = Vec<X, V>;
+  using Affines = ChannelAffine<float>[Block::kChannels];
+  using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
+  static constexpr int kBatch = kBatchOf<Vector>;
+  static constexpr int kHeld = kColumns && kGrid ? held_vectors(sizeof(X), sizeof(Y)) : 0;
+  using Held = Vector[kHeld > 0 ? kHeld : 1];  // the last vectors of an item, in registers
 
-  Item item = item_of(p.shape, r, team.index);
-  Loader<kColumns, V> loader(p.shape, r, item.index, team.rank);
-  const auto copy_to = [&](int end) {
-    loader.copy_to(end, p.shape, r,
-                   [&](int slot, int64_t at) { slots.copy(slot * slots.template kPieces<X>, x + at); });
-  };
-  copy_to(r.kept);
-  team.start();
+  const ForwardParams& p;
+  const X* const x;
+  Y* const y;
 
-  for (int first_slot = 0; item.index < r.items;) {
-    const auto slot_of = [&](int k) {
-      const int slot = first_slot + k;
-      return (slot < r.slots ? slot : slot - r.slots) * slots.template kPieces<X>;
-    };
+  __device__ __forceinline__ ResidentForward(const ForwardParams& p, void* shared)
+      : Block(p, shared, 2, 0), p(p), x(static_cast<const X*>(p.x)), y(static_cast<Y*>(p.y)) {}
+
+  __device__ __forceinline__ void copy_to(int end) {
+    this->loader.copy_to(end, shape, r,
+                         [&](int slot, int64_t at) { slots.copy(slot * slots.template kPieces<X>, x + at); });
+  }
+
+  // What is known of the item's channels before its statistics are.
+  __device__ __forceinline__ void load_parameters() const {
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
       const ChannelAffine<float> affine = channel_affine(p.affine, item.n, item.c + c, 0.0f, 1.0f);
       tables.affine[c] = affine;
     }
-    __pipeline_wait_prior(0);
+  }
 
-    // Statistics of the units.
-    Vec<X, V> held[kHeld > 0 ? kHeld : 1];
+  // Mean and m2 of each unit, in the order of the vectors in memory; the last ones stay in registers.
+  __device__ __forceinline__ void reduce_units(Held& held) const {
     Pair* const entries = reinterpret_cast<Pair*>(tables.entries);
+    const int steps = r.steps - (kHeld > 0 ? r.held : 0);
     for (int round = 0; round < r.rounds; ++round) {
-      const Span span = span_of<kColumns, V>(p.shape, r, item, team.rank, round);
-      ChannelMoments<kChannels> moments{};
-      float shift[kChannels];
-      const int steps = kGrid ? r.steps - r.held : r.steps;
+      const Span span = this->span(round);
+      ChannelMoments<Block::kChannels> moments{};
+      float shift[Block::kChannels];
       for (int step = 0; step < steps; step += kBatch) {
-        Vec<X, V> v[kBatch];
+        Vector v[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int k = round * r.steps + step + i;
-          if (step + i >= steps || step + i >= span.count) continue;
-          v[i] = !kGrid || k < r.kept ? slots.template read<X>(slot_of(k)) : load<X, V>(x + span.at(step + i));
+          if (step + i >= min(steps, span.count)) continue;
+          v[i] = !kGrid || k < r.kept ? slots.template read<X>(this->piece_of(k)) : load<X, V>(x + span.at(step + i));
         }
-        if (step == 0) {
+        if (step == 0) {  // of the unit's first vector: its lanes, or the lanes of its column, have it in common
 #pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
+          for (int c = 0; c < Block::kChannels; ++c) {
             shift[c] = __shfl_sync(kAllLanes, widen(v[0].e[c]), kColumns ? lane_index() % r.lanes : 0,
                                    kColumns ? 32 : r.lanes);
           }
@@ -151,7 +146,7 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
           }
 #pragma unroll
           for (int i = 0; i < kHeld; i += kBatch) {
-            moments.add(reinterpret_cast<const Vec<X, V>(&)[kBatch]>(held[i]), shift, span.count - steps - i);
+            moments.add(reinterpret_cast<const Vector(&)[kBatch]>(held[i]), shift, span.count - steps - i);
           }
         }
       }
@@ -168,15 +163,18 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
       }
     }
     __syncthreads();
+  }
 
-    // Statistics of the groups: a warp merges what its block has of one, then what the team has.
-    const int parts = parts_of<kColumns>(r);
+  // Mean and rstd of each group: a warp merges what its block has of one, then what the team has.
+  __device__ __forceinline__ void reduce_groups() {
+    const int channels = this->group_channels(), parts = parts_of<kColumns>(r);
+    const int chunk = chunk_of(r, team.rank);
     for (int g = warp_index(); g < r.bundle; g += blockDim.x / 32) {
-      const Moments<float> own = merge_in_warp(chunk > 0 ? group_channels * parts : 0, [&](int i) {
-        const int part = kColumns ? i / group_channels : i % parts;
-        const int c = g * group_channels + (kColumns ? i % group_channels : i / parts);
-        const Pair entry = entries[entry_of<kColumns>(r, c, part)];
-        return Moments<float>{float(vectors_of<kColumns>(r, chunk, part) * kElements),
+      const Moments<float> own = merge_in_warp(chunk > 0 ? channels * parts : 0, [&](int i) {
+        const int part = kColumns ? i / channels : i % parts;
+        const int c = g * channels + (kColumns ? i % channels : i / parts);
+        const Pair entry = reinterpret_cast<const Pair*>(tables.entries)[entry_of<kColumns>(r, c, part)];
+        return Moments<float>{float(vectors_of<kColumns>(r, chunk, part) * Block::kElements),
                               entry.a - tables.affine[c].center, entry.b};
       });
       if (lane_index() == 0) reinterpret_cast<Pair*>(tables.exchange)[g] = {own.mean, own.m2};
@@ -184,97 +182,109 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
     team.exchange([&] { copy_to(r.slots); });
     for (int g = warp_index(); g < r.bundle; g += blockDim.x / 32) {
       const Moments<float> all = merge_in_warp(team.size, [&](int rank) {
-        const float count = float(group_channels * kElements) * chunk_of(p.shape, r, rank);
+        const float count = float(channels * Block::kElements) * chunk_of(r, rank);
         if (count == 0) return Moments<float>{};
         const Pair part = team.group_of(rank, g);
         return Moments<float>{count, part.a, part.b};
       });
-      if (lane_index() == 0) {
-        const float rstd = 1.0f / sqrtf(all.m2 / all.count + float(p.eps));
-        tables.groups[g] = {all.mean, rstd};
-        if (team.rank == 0) {
-          const int64_t index = p.shape.group(item.n, item.c) + g;
-          static_cast<float*>(p.mean)[index] = all.mean;
-          static_cast<float*>(p.rstd)[index] = rstd;
-        }
-      }
+      if (lane_index() > 0) continue;
+      const float rstd = 1.0f / sqrtf(all.m2 / all.count + float(p.eps));
+      tables.groups[g] = {all.mean, rstd};
+      if (team.rank > 0) continue;
+      const int64_t index = shape.group(item.n, item.c) + g;
+      static_cast<float*>(p.mean)[index] = all.mean;
+      static_cast<float*>(p.rstd)[index] = rstd;
     }
     __syncthreads();
+  }
 
-    // y: first of what did not fit, last read first.
-    const auto affine_of = [&](const Span& span, ChannelAffine<float>(&affine)[kChannels]) {
+  __device__ __forceinline__ void load_affine(const Span& span, Affines& affine) const {
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const ChannelAffine<float> own = tables.affine[span.channel + c];
-        const Pair group = tables.groups[(span.channel + c) / group_channels];
-        affine[c] = {group.a + own.center, group.b * own.slope, own.offset};
-      }
-    };
-    const auto put = [&](const Vec<X, V>& in, const ChannelAffine<float>(&affine)[kChannels], int64_t at) {
-      Vec<Y, V> out;
+    for (int c = 0; c < Block::kChannels; ++c) {
+      const ChannelAffine<float> own = tables.affine[span.channel + c];
+      const Pair group = tables.groups[(span.channel + c) / this->group_channels()];
+      affine[c] = {group.a + own.center, group.b * own.slope, own.offset};
+    }
+  }
+
+  __device__ __forceinline__ void write(const Vector& in, const Affines& affine, int64_t at) const {
+    Vec<Y, V> out;
 #pragma unroll
-      for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[kColumns ? e : 0], float(widen(in.e[e])), p.silu);
-      store(y + at, out);
-    };
-    if constexpr (kGrid) {
-      for (int round = r.rounds - 1; r.kept < r.total() && (round + 1) * r.steps > r.kept; --round) {
-        const Span span = span_of<kColumns, V>(p.shape, r, item, team.rank, round);
-        ChannelAffine<float> affine[kChannels];
-        affine_of(span, affine);
-        const int steps = r.steps - r.held;
-        if constexpr (kHeld > 0) {
-          int64_t at = span.at(steps);
+    for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[kColumns ? e : 0], float(widen(in.e[e])), p.silu);
+    store(y + at, out);
+  }
+
+  // y of what did not fit, the last read first.
+  __device__ __forceinline__ void write_what_is_not_kept(const Held& held) const {
+    const int steps = r.steps - r.held;
+    for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
+      const Span span = this->span(round);
+      Affines affine;
+      load_affine(span, affine);
+      if constexpr (kHeld > 0) {
+        int64_t at = span.at(steps);
 #pragma unroll
-          for (int i = 0; i < kHeld; ++i, at += span.stride) {
-            if (r.held > 0 && steps + i < span.count) put(held[i], affine, at);
-          }
+        for (int i = 0; i < kHeld; ++i, at += span.stride) {
+          if (r.held > 0 && steps + i < span.count) write(held[i], affine, at);
         }
-        for (int step = (steps - 1) / kBatch * kBatch; step >= 0; step -= kBatch) {
-          Vec<X, V> v[kBatch];
-          const auto is_read_again = [&](int i) {
-            return step + i < steps && step + i < span.count && round * r.steps + step + i >= r.kept;
-          };
+      }
+      for (int step = (steps - 1) / kBatch * kBatch; step >= 0; step -= kBatch) {
+        Vector v[kBatch];
+        const auto is_wanted = [&](int i) {
+          return step + i < min(steps, span.count) && round * r.steps + step + i >= r.kept;
+        };
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            if (is_read_again(i)) v[i] = load<X, V>(x + span.at(step + i));
-          }
+        for (int i = 0; i < kBatch; ++i) {
+          if (is_wanted(i)) v[i] = load<X, V>(x + span.at(step + i));
+        }
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            if (is_read_again(i)) put(v[i], affine, span.at(step + i));
-          }
+        for (int i = 0; i < kBatch; ++i) {
+          if (is_wanted(i)) write(v[i], affine, span.at(step + i));
         }
       }
     }
+  }
+
+  // y of what is in the slots, which the next item's vectors take.
+  __device__ __forceinline__ void write_what_is_kept() {
     for (int round = 0; round < r.rounds && round * r.steps < r.kept; ++round) {
-      const Span span = span_of<kColumns, V>(p.shape, r, item, team.rank, round);
-      ChannelAffine<float> affine[kChannels];
-      affine_of(span, affine);
+      const Span span = this->span(round);
+      Affines affine;
+      load_affine(span, affine);
       const int steps = min(r.steps, r.kept - round * r.steps);
       for (int step = 0; step < steps; step += kBatch) {
-        Vec<X, V> v[kBatch];
+        const int first = round * r.steps + step, end = min(steps, span.count);
+        Vector v[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (step + i < min(steps, span.count)) {
-            v[i] = slots.template read<X>(slot_of(round * r.steps + step + i));
-          }
+          if (step + i < end) v[i] = slots.template read<X>(this->piece_of(first + i));
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (step + i < min(steps, span.count)) put(v[i], affine, span.at(step + i));
+          if (step + i < end) write(v[i], affine, span.at(step + i));
         }
-        if constexpr (kGrid) copy_to(min(round * r.steps + min(step + kBatch, steps) + r.slots, 2 * r.kept));
+        if constexpr (kGrid) copy_to(this->room_behind(first + min(kBatch, steps - step)));
       }
     }
-
-    if constexpr (!kGrid) break;
-    loader.next_item(r);
-    team.next_item();
-    first_slot += r.kept;
-    if (first_slot >= r.slots) first_slot -= r.slots;
-    item = item_of(p.shape, r, item.index + r.teams);
-    __syncthreads();  // before the tables are written anew
   }
-  team.leave();
+};
+
+template <class X, class Y, int V, bool kColumns, bool kGrid>
+__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_forward(ForwardParams p) {
+  LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
+  ResidentForward<X, Y, V, kColumns, kGrid> block(p, shared);
+  block.copy_to(p.residence.kept);
+  block.team.start();
+  do {
+    typename ResidentForward<X, Y, V, kColumns, kGrid>::Held held;
+    block.load_parameters();
+    __pipeline_wait_prior(0);
+    block.reduce_units(held);
+    block.reduce_groups();
+    if constexpr (kGrid) block.write_what_is_not_kept(held);
+    block.write_what_is_kept();
+  } while (block.next_item());
+  block.team.leave();
 }
 
 inline cudaError_t launch_resident_forward(const ForwardParams& p, Dtype x, Dtype y, cudaStream_t stream) {

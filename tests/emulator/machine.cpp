@@ -102,9 +102,11 @@ std::string format(const Call& call) {
   return format("%s%s at %s:%d", call.name, mask.c_str(), call.site.file, call.site.line);
 }
 
+bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
+
 bool same(const Call& a, const Call& b) {
-  return a.scope == b.scope && a.mask == b.mask && a.site.line == b.site.line && !std::strcmp(a.name, b.name) &&
-         !std::strcmp(a.site.file, b.site.file);
+  return a.scope == b.scope && a.mask == b.mask && a.site.line == b.site.line && same(a.name, b.name) &&
+         same(a.site.file, b.site.file);
 }
 
 // Where an instruction comes from, if addr2line is there to tell: the kernel's line, not that of the stand-in for a
