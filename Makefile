@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
 
-.PHONY: help build test sanitize bench gpu traffic sass mutants clean toolkit
+.PHONY: help build test devices sanitize bench gpu traffic sass mutants clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -27,6 +27,10 @@ help: ## this list
 
 test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
+
+devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 and T4, in the emulator
+	@for device in H200 A100 'RTX 4090' T4; do echo "== $$device"; \
+	    LDM_FUSED_EMULATED_DEVICE="$$device" $(PY) -m pytest -q -k emulated $(ARGS) || exit 1; done
 
 sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emulated CUDA kernels
 	$(PY) tests/sanitizers.py

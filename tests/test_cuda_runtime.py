@@ -1,7 +1,8 @@
-"""CUDA graphs, streams and devices other than the default. All of it needs a GPU."""
+"""CUDA graphs, streams, devices other than the default and tensors larger than the chip. All of it needs a GPU."""
 
 import pytest
 import torch
+from oracle import assert_within_bound, eager, make_case, oracle
 
 import ldm_fused
 
@@ -11,36 +12,42 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 
-def training_step(x, weight, dy):
-    y = ldm_fused.group_norm_silu(x, 32, weight)
+# A cluster or a block for each group; a group that takes a grid.
+SHAPES = pytest.mark.parametrize("shape,num_groups", [((2, 64, 32, 32), 32), ((3, 16, 320, 320), 1)], ids=str)
+
+
+def training_step(x, weight, dy, num_groups):
+    y = ldm_fused.group_norm_silu(x, num_groups, weight)
     return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
 
 
-def arguments(device="cuda"):
-    x = torch.randn(2, 64, 32, 32, device=device, requires_grad=True)
-    weight = torch.randn(64, device=device, requires_grad=True)
-    return x, weight, torch.randn_like(x)
+def arguments(shape=(2, 64, 32, 32), num_groups=32, device="cuda"):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    weight = torch.randn(shape[1], device=device, requires_grad=True)
+    return x, weight, torch.randn_like(x), num_groups
 
 
-def test_graph_capture_and_replay():
-    x, weight, dy = arguments()
+@SHAPES
+def test_graph_capture_and_replay(shape, num_groups):
+    x, weight, dy, _ = arguments(shape, num_groups)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        training_step(x, weight, dy)
+        training_step(x, weight, dy, num_groups)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = training_step(x, weight, dy)
+        results = training_step(x, weight, dy, num_groups)
     for _ in range(3):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(results, training_step(x, weight, dy)))
+        assert all(torch.equal(a, b) for a, b in zip(results, training_step(x, weight, dy, num_groups)))
 
 
-def test_concurrent_streams_have_workspaces_of_their_own():
-    cases = [arguments() for _ in range(4)]
+@SHAPES
+def test_concurrent_streams_have_workspaces_of_their_own(shape, num_groups):
+    cases = [arguments(shape, num_groups) for _ in range(4)]
     expected = [training_step(*case) for case in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
@@ -54,7 +61,7 @@ def test_concurrent_streams_have_workspaces_of_their_own():
 
 
 def test_work_is_ordered_on_the_current_stream():
-    x, weight, dy = arguments()
+    x, *_ = arguments()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -69,10 +76,10 @@ def test_work_is_ordered_on_the_current_stream():
 def test_a_device_other_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    x, weight, dy = arguments("cuda:1")
-    found = training_step(x, weight, dy)
+    x, weight, dy, num_groups = arguments(device="cuda:1")
+    found = training_step(x, weight, dy, num_groups)
     with torch.cuda.device(1):
-        expected = training_step(x, weight, dy)
+        expected = training_step(x, weight, dy, num_groups)
     assert torch.cuda.current_device() == 0 and all(t.device == x.device for t in found)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
@@ -80,3 +87,15 @@ def test_a_device_other_than_the_current_one():
 def test_parameters_on_the_cpu_are_refused():
     with pytest.raises(RuntimeError, match="weight must be on x's device cuda:0, got cpu"):
         ldm_fused.group_norm_silu(torch.randn(2, 64, 8, device="cuda"), 32, torch.ones(64))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 128, 256, 256), (1, 128, 512, 512), (1, 128, 1024, 1024)], ids=str)
+def test_large_tensors(shape, layout):
+    """In a cluster, in a grid, and (channels_last, 67 MB for 8 groups) in part in a grid."""
+    case = make_case(shape, 32, torch.bfloat16, layout, options=("weight", "bias")).to("cuda")
+    y, mean, rstd = torch.ops.ldm_fused.group_norm_act(*case.arguments())
+    dx, dweight, dbias, *_ = torch.ops.ldm_fused.group_norm_act_backward(
+        case.dy, case.x, mean, rstd, case.weight, case.bias, True, None, None, None, [True] * 3 + [False] * 3)
+    expected, baseline = ({name: t.cpu() for name, t in f(case).items()} for f in (oracle, eager))
+    assert_within_bound(case, {"y": y, "x": dx, "weight": dweight, "bias": dbias}, expected, baseline)

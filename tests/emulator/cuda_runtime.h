@@ -347,7 +347,7 @@ inline cudaError_t configure(const cudaLaunchConfig_t& config, const void* kerne
   if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) return cudaErrorInvalidConfiguration;
   const auto found = allowances.find(kernel);
   const Allowance allowance = found == allowances.end() ? Allowance() : found->second;
-  const size_t most = device.shared_per_block ? device.shared_per_block : 48 * 1024;  // what no kernel must ask for
+  const size_t most = std::max(device.shared_per_block, 48 * 1024);  // so much every device has, and no kernel asks for
   if (config.dynamicSmemBytes > std::min(allowance.dynamic_shared_bytes, most)) {
     return cudaErrorInvalidValue;
   }

@@ -142,6 +142,29 @@ __global__ void rotate_by_hand(const int* in, int* between, unsigned* arrived, i
   out[here] = between[(here + blockDim.x) % all];
 }
 
+// All blocks read what block 0 has written, round after round. It writes anew when all have read, if it waits for them.
+template <bool Waits>
+__global__ void broadcast(int rounds, int* between, unsigned* arrived, int* out) {
+  unsigned target = 0;
+  const auto meet = [&] {
+    __syncthreads();
+    target += gridDim.x;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(arrived, 1);
+      while (atomicAdd(arrived, 0) < target) __nanosleep(20);
+      __threadfence();
+    }
+    __syncthreads();
+  };
+  for (int round = 0; round < rounds; ++round) {
+    if (blockIdx.x == 0) between[threadIdx.x] = round * int(threadIdx.x);
+    meet();
+    out[(round * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x] = between[(threadIdx.x + 1) % blockDim.x];
+    Waits ? meet() : __syncthreads();
+  }
+}
+
 // Lanes hand values on through shared memory within their warp.
 template <bool Barrier>
 __global__ void next_lane(int* out) {
@@ -517,6 +540,14 @@ PYBIND11_MODULE(emulator_selftest, m) {
         return rotated;
       },
       py::arg("values"), py::arg("by_hand") = false, py::arg("synchronized") = true, py::arg("cooperative") = true);
+
+  m.def("broadcast", [](unsigned blocks, unsigned threads, int rounds, bool waits) {
+    Array<int> between({threads}), read({unsigned(rounds), blocks, threads});
+    unsigned arrived = 0;
+    launch(Config({blocks}, {threads}, 0, 1, true), waits ? broadcast<true> : broadcast<false>, rounds, out(between),
+           give(&arrived, 1), out(read));
+    return read;
+  });
 
   m.def("next_lane", [](bool barrier) {
     Array<int> values(64);
