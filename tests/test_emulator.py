@@ -117,9 +117,7 @@ def test_cooperative_grids_meet(ordered, by_hand):
 
 
 def test_what_several_blocks_have_read_may_be_written_when_all_are_known_to_be_past_it(ordered):
-    threads = (np.arange(40) + 1) % 40
-    expected = np.arange(3)[:, None, None] * threads * np.ones((3, 5, 1), int)
-    np.testing.assert_array_equal(ordered.broadcast(5, 40, 3, True), expected)
+    np.testing.assert_array_equal(ordered.broadcast(5, 40, True), [np.roll(np.arange(40), -1)] * 5)
 
 
 def test_a_warp_meets_without_the_block(ordered):
@@ -265,8 +263,8 @@ def test_missing_grid_barrier_is_a_race(ordered, by_hand):
 
 @watched
 def test_writing_what_several_blocks_may_still_read_is_a_race(ordered):
-    with pytest.raises(RuntimeError, match=r"race: writes what several blocks reads .*global memory"):
-        ordered.broadcast(5, 40, 3, False)
+    with pytest.raises(RuntimeError, match=r"race: (reads|writes) what .*global memory"):
+        ordered.broadcast(5, 40, False)
 
 
 @watched

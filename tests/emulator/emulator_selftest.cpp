@@ -142,9 +142,9 @@ __global__ void rotate_by_hand(const int* in, int* between, unsigned* arrived, i
   out[here] = between[(here + blockDim.x) % all];
 }
 
-// All blocks read what block 0 has written, round after round. It writes anew when all have read, if it waits for them.
+// All blocks read what block 0 has written, which writes anew when all have read, if it waits for them.
 template <bool Waits>
-__global__ void broadcast(int rounds, int* between, unsigned* arrived, int* out) {
+__global__ void broadcast(int* between, unsigned* arrived, int* out) {
   unsigned target = 0;
   const auto meet = [&] {
     __syncthreads();
@@ -157,12 +157,12 @@ __global__ void broadcast(int rounds, int* between, unsigned* arrived, int* out)
     }
     __syncthreads();
   };
-  for (int round = 0; round < rounds; ++round) {
-    if (blockIdx.x == 0) between[threadIdx.x] = round * int(threadIdx.x);
-    meet();
-    out[(round * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x] = between[(threadIdx.x + 1) % blockDim.x];
-    Waits ? meet() : __syncthreads();
-  }
+  if (blockIdx.x == 0) between[threadIdx.x] = int(threadIdx.x);
+  meet();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = between[(threadIdx.x + 1) % blockDim.x];
+  if (Waits) meet();
+  __syncthreads();
+  if (blockIdx.x == 0) between[threadIdx.x] = 0;
 }
 
 // Lanes hand values on through shared memory within their warp.
@@ -541,10 +541,10 @@ PYBIND11_MODULE(emulator_selftest, m) {
       },
       py::arg("values"), py::arg("by_hand") = false, py::arg("synchronized") = true, py::arg("cooperative") = true);
 
-  m.def("broadcast", [](unsigned blocks, unsigned threads, int rounds, bool waits) {
-    Array<int> between({threads}), read({unsigned(rounds), blocks, threads});
+  m.def("broadcast", [](unsigned blocks, unsigned threads, bool waits) {
+    Array<int> between({threads}), read({blocks, threads});
     unsigned arrived = 0;
-    launch(Config({blocks}, {threads}, 0, 1, true), waits ? broadcast<true> : broadcast<false>, rounds, out(between),
+    launch(Config({blocks}, {threads}, 0, 1, true), waits ? broadcast<true> : broadcast<false>, out(between),
            give(&arrived, 1), out(read));
     return read;
   });
