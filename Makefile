@@ -15,6 +15,8 @@ endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
+# Those that run on the emulated device that is set; the others are the same on each.
+DEVICE_TESTS = emulated or test_emulator or test_traffic or test_cuda_kernels and not tier and not order
 
 .PHONY: help build test devices sanitize bench gpu traffic sass mutants clean toolkit
 
@@ -30,7 +32,7 @@ test: build ## build, then run the tests
 
 devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 and T4, in the emulator
 	@for device in H200 A100 'RTX 4090' T4; do echo "== $$device"; \
-	    LDM_FUSED_EMULATED_DEVICE="$$device" $(PY) -m pytest -q -k emulated $(ARGS) || exit 1; done
+	    LDM_FUSED_EMULATED_DEVICE="$$device" $(PY) -m pytest -q -k '$(DEVICE_TESTS)' $(ARGS) || exit 1; done
 
 sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emulated CUDA kernels
 	$(PY) tests/sanitizers.py

@@ -30,7 +30,8 @@ FLAGS = (
 )
 # The files of a run, and which of their tests.
 CPU = ["test_kernels", "test_errors", "test_build"], "not [emulated and not [cuda and not 2_to_the_31"
-EMULATED = ["test_kernels", "test_cuda_kernels", "test_emulator"], "not [cpu and not [cuda"
+EMULATED = (["test_kernels", "test_cuda_kernels", "test_emulator"],
+            "not [cpu and not [cuda and not workload and not thread_order")
 
 
 # ---- Tests of the sanitizers -------------------------------------------------------------------------------------
@@ -53,7 +54,8 @@ def report_on(kernels, make_array):
         report = pipe.read()
     assert os.waitpid(child, 0)[1] != 0, "the sanitizers saw nothing"
     namespace = "" if kernels.name == "emulated" else f"cpu::{os.environ['LDM_FUSED_CPU_ISA']}::"
-    assert re.search(rf"^ *#0 .*ldm_fused::{namespace}\w+[<(]", report, re.M), report
+    # An asynchronous copy is made for the kernel: by memcpy, in two functions of the emulator.
+    assert re.search(rf"^ *#[0-3] .*ldm_fused::{namespace}\w+[<(]", report, re.M), report
     return report
 
 

@@ -79,6 +79,12 @@ __device__ __forceinline__ A silu_slope(A u) {
   return s * (A(1) + u * (A(1) - s));
 }
 
+template <class Y, class A>
+__device__ __forceinline__ Y activated(const ChannelAffine<A>& affine, A x, bool silu) {
+  const A u = affine(x);
+  return narrow<Y>(silu ? u * sigmoid<kFast<Y>>(u) : u);
+}
+
 // ---- Reductions -----------------------------------------------------------------------------------------------
 
 // Count, mean and sum of squared deviations, merged as Chan, Golub and LeVeque (1979) do: no E[x^2] - E[x]^2 that

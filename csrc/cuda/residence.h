@@ -251,9 +251,10 @@ inline bool reside(const Shape& shape, const Demand& demand, const Device& devic
   if ((columns ? shape.channels : shape.spatial) % demand.vector || shape.spatial >= int64_t(1) << 31) return false;
   if (shape.batch * shape.groups >= int64_t(1) << 31) return false;
   const int bundle = bundle_of(shape, columns, demand, device);
-  if (bundle == 0) return false;
+  const int64_t width = bundle * int64_t(shape.channels_per_group());
+  if (width == 0 || width > device.shared_per_block / 32) return false;  // else the tables leave no room, or overflow
   const bool fits = reside_in_clusters(shape, columns, bundle, demand, device, found);
-  const int64_t slice = shape.spatial * bundle * shape.channels_per_group() * demand.bytes / std::max(1, found.team);
+  const int64_t slice = shape.spatial * width * demand.bytes / std::max(1, found.team);
   if (fits && (slice <= kLargeSlice || 4 * found.blocks() >= 3 * device.multiprocessors)) return true;
   Residence in_grid{};
   if (reside_in_grid(shape, columns, bundle, demand, device, in_grid)) {

@@ -269,10 +269,8 @@ class Team {
         __threadfence();
       }
       __syncthreads();
-    } else if (size > 1) {
+    } else if (size > 1) {  // alone, each thread reads what it has written itself
       cluster_sync();
-    } else {
-      __syncthreads();
     }
   }
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "cuda/resident.cuh"
-#include "cuda/two_pass_forward.cuh"
 
 namespace ldm_fused {
 

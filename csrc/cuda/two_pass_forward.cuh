@@ -134,12 +134,6 @@ __global__ void __launch_bounds__(kThreads) merge_statistics(ForwardParams p) {
   }
 }
 
-template <class Y, class A>
-__device__ __forceinline__ Y activated(const ChannelAffine<A>& affine, A x, bool silu) {
-  const A u = affine(x);
-  return narrow<Y>(silu ? u * sigmoid<kFast<Y>>(u) : u);
-}
-
 // Reads x once, writes y once.
 template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
