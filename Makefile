@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
 # Those that run on the emulated device that is set; the others are the same on each.
-DEVICE_TESTS = emulated or test_emulator or test_traffic or test_cuda_kernels and not tier and not order
+DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload
 
 .PHONY: help build test devices sanitize bench gpu traffic sass mutants clean toolkit
 

@@ -3,12 +3,16 @@
 `make mutants` leaves out each barrier and moves each bound of an index by one, up and down: a mutant is caught if a
 test of the emulated kernels fails, if they crash, or if they do not come to an end. It fails (status 1) where one
 survives: that is a test that is missing, or a mistake that is none, which is then entered below with the reason.
+
+    tests/check_mutants.py [--only 17,18]
 """
 
+import argparse
 import ctypes
 import functools
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -22,17 +26,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutants"  # the kernels with all mistakes in them, to be switched on
-SELECTION = """same_bits_in_every or every_device and H200 or counts_are and H200 or emulated and (float32-None or
-bfloat16-None or optional or one_gradient or large_mean or misaligned) and not (64-64 or 16385)""".replace("\n", " ")
+SELECTION = """every_tier and not bfloat16-None or any_tier or every_device and 32-dtype or counts_are and T4 or
+smaller_size or same_bits_in_every and (clusters or default) or emulated and (float32-None or optional or one_gradient
+or large_mean or misaligned) and not (64-64 or 16385)""".replace("\n", " ")
 TESTS = ["-x", "-q", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py", "tests/test_traffic.py",
          "tests/test_kernels.py", "-k", SELECTION]
 # The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
 FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
 PATIENCE = 2  # how many times what the tests take without a mutant
 
-BARRIER = r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)"
+# Also what makes an asynchronous copy arrive; of functions of the kernels' own, the calls.
+BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_sync\(\)(?=;)|"
+           r"__pipeline_commit\(\)|__pipeline_wait_prior\(\d\)")
 # Bounds that the compiler evaluates, and those that choose between ways to the same result.
-NO_BOUNDS = ("alignas(", "sizeof(X) < sizeof(Y)")
+NO_BOUNDS = ("alignas(", "sizeof(X) < sizeof(Y)", "kHeld > 0")
 
 # Part of a line, the mistake in it, and why it changes no result.
 HARMLESS = [
@@ -53,7 +60,7 @@ class Mutant:
     mistake: str
 
     def __str__(self):
-        return f"{self.file}:{self.line}: {self.mistake}: {self.source}"
+        return f"{self.number} {self.file}:{self.line}: {self.mistake}: {self.source}"
 
     @property
     def reason(self):
@@ -78,15 +85,17 @@ def mutate(text, file, mutants):
         def barrier(match):
             return f"{match[1]}if (!mutation::is({add('left out')})) {match[2]}"
 
-        def comparison(match):
-            return f" {match[1]} mutation::bound({add('bound + 1', 'bound - 1')}) {match[1]} "
+        def comparison(match, group=1):
+            return f" {match[group]} mutation::bound({add('bound + 1', 'bound - 1')}) {match[group]} "
 
-        def least(match):
-            return f"mutation::least({add('least + 1', 'least - 1')}, "
+        def extreme(match):
+            name = {"min": "least", "max": "most"}[match[1]]
+            return f"mutation::{name}({add(f'{name} + 1', f'{name} - 1')}, "
 
-        code = re.sub(rf"(^|\s)([\w.]*(?:{BARRIER}))", barrier, code)
-        code = re.sub(r" (<=|>=|<|>) ", comparison, code)
-        code = re.sub(r"\bmin\(", least, code)
+        code = re.sub(rf"(^|\s)([\w.:()]*(?:{BARRIER}))", barrier, code)
+        code = re.sub(r" (<=|>=|<|>) (?!min\()", comparison, code)  # of a minimum, the next line moves the bound
+        code = re.sub(r"\b(min|max)\(", extreme, code)
+        code = re.sub(r"(?<=\+\+)(\w+) (==) ", lambda match: match[1] + comparison(match, 2), code)  # a counter's end
         lines[i] = code
     return "\n".join(lines) + "\n"
 
@@ -107,6 +116,18 @@ def make_copy(in_folder=COPY.name):
     return mutants
 
 
+class Order:
+    """A plugin of pytest: first what reaches every tier, mixed, so that one of the first tests sees most mistakes."""
+
+    @staticmethod
+    def pytest_collection_modifyitems(items):
+        import torch
+
+        random.Random(0).shuffle(items)
+        items.sort(key=lambda item: "every_tier" not in item.name)
+        torch.set_num_threads(1)  # the runs are side by side
+
+
 class Run:
     """The tests with one mutant, or with none (-1), in a fork of this process, which has loaded all that takes time."""
 
@@ -118,7 +139,7 @@ class Run:
             for descriptor in 1, 2:
                 os.dup2(self.output.fileno(), descriptor)
             library().set_mutant(number)
-            os._exit(pytest.main(TESTS))
+            os._exit(pytest.main(TESTS, [Order]))
 
     def result(self, limit):
         """(whether they passed, what they said of it); None while they run."""
@@ -162,11 +183,16 @@ def run_tests(numbers, limit=math.inf, at_once=1):
         time.sleep(0.02)
 
 
-def main():
+def main(arguments=()):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", metavar="NUMBERS", type=lambda text: {int(number) for number in text.split(",")},
+                        help="of the mutants those with these numbers, which each line of the output begins with")
+    only = parser.parse_args(arguments).only
     os.chdir(ROOT)
     mutants = make_copy()
-    wanted = [m for m in mutants if m.reason is None]
-    print(f"{len(mutants)} mutants, of which {len(mutants) - len(wanted)} are harmless. First without any.", flush=True)
+    wanted = [m for m in mutants if (m.reason is None if only is None else m.number in only)]
+    harmless = sum(m.reason is not None for m in mutants)
+    print(f"{len(mutants)} mutants, of which {harmless} are harmless. First without any.", flush=True)
     library()
     start = time.monotonic()
     [(_, (passed, said))] = run_tests([-1])
@@ -190,4 +216,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -28,6 +28,28 @@ def test_switches_are_written_where_mistakes_can_be_made():
     assert [m.line for m in mutants] == [2, 2, 3, 4, 4, 4, 4, 4, 5, 5] and mutants[2].number == 2
 
 
+@pytest.mark.parametrize("line,mutated", [
+    ("cooperative_groups::this_grid().sync();", "if (!mutation::is(0)) cooperative_groups::this_grid().sync();"),
+    ("if (size > 1) cluster_sync();",
+     "if (size > mutation::bound(1) > 1) if (!mutation::is(0)) cluster_sync();"),
+    ("void cluster_sync() {", None),
+    ("__pipeline_commit();", "if (!mutation::is(0)) __pipeline_commit();"),
+    ("__pipeline_wait_prior(0);", "if (!mutation::is(0)) __pipeline_wait_prior(0);"),
+    ("while (atomicAdd(&counter_->arrived, 0u) < target_) wait();",
+     "while (atomicAdd(&counter_->arrived, 0u) < mutation::bound(0) < target_) wait();"),
+    ("at = slot < slots ? slot : 0;", "at = slot < mutation::bound(0) < slots ? slot : 0;"),
+    ("if (++slot_ == slots) slot_ = 0;", "if (++slot_ == mutation::bound(0) == slots) slot_ = 0;"),
+    ("if (i >= min(a, b)) continue;", "if (i >= mutation::least(0, a, b)) continue;"),
+    ("return max(0, min(a, b));", "return mutation::most(0, 0, mutation::least(2, a, b));"),
+    ("template <class F> T at(Vec<T, V> v) { return words<T>; }", None),
+    ("constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));", None),
+    ("using Held = Vector[kHeld > 0 ? kHeld : 1];", None),
+    ("#if __CUDA_ARCH__ >= 900", None),
+])
+def test_a_switch_in_every_form_of_a_barrier_and_a_bound(line, mutated):
+    assert check_mutants.mutate(line, "kernel.cuh", []) == (mutated or line) + "\n"
+
+
 @pytest.fixture(scope="module")
 def mutants():
     return check_mutants.make_copy(in_folder="mutants-of-test")
@@ -42,6 +64,20 @@ def test_every_barrier_of_the_kernels_is_left_out_once(mutants):
 def test_what_is_called_harmless_is_still_there(mutants):
     for part, mistake, why in check_mutants.HARMLESS:
         assert why and any(part in m.source and m.mistake == mistake for m in mutants), part
+
+
+def test_only_those_asked_for_are_made(monkeypatch, capsys, mutants):
+    numbers = []
+
+    def run_tests(wanted, *_):
+        numbers.extend(wanted)
+        return [(n, (n == -1, "test_it")) for n in wanted]
+
+    monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
+    monkeypatch.setattr(check_mutants, "library", lambda: None)
+    monkeypatch.setattr(check_mutants, "run_tests", run_tests)
+    assert check_mutants.main(["--only", "5,3"]) == 0 and numbers == [-1, 3, 5]
+    assert capsys.readouterr().out.endswith("mutants: 2 of 2 caught\n")
 
 
 @pytest.mark.parametrize("survives", [False, True])

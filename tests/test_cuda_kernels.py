@@ -254,6 +254,13 @@ def test_double_is_for_two_passes():
     assert not emulated.plan_forward(torch.empty(2, 32, 8, 8, dtype=torch.float64), 2)["resident"]
 
 
+@pytest.mark.parametrize("channels", [10_000, 2**29])
+def test_more_channels_than_tables_have_room_for_are_for_two_passes(channels):
+    with emulated.device(emulated.DEVICES["H200"]):
+        for plan in plans_of(torch.empty(1, channels, 8, dtype=torch.bfloat16, device="meta"), 1):
+            assert not plan["resident"] and plan["bytes_read"] > channels * 16
+
+
 def test_rows_too_wide_for_a_warp_are_for_two_passes():
     x = laid_out(torch.empty(2, 640, 8, 8, dtype=torch.bfloat16), "channels_last")
     with emulated.device(emulated.DEVICES["H200"]):

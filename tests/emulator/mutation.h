@@ -45,11 +45,17 @@ MUTATION_COMPARISON(<)
 MUTATION_COMPARISON(<=)
 MUTATION_COMPARISON(>)
 MUTATION_COMPARISON(>=)
+MUTATION_COMPARISON(==)
 #undef MUTATION_COMPARISON
 
 template <class A, class B>
 auto least(int mutant, A a, B b) {
   return min(a, b) + bound(mutant).delta;
+}
+
+template <class A, class B>
+auto most(int mutant, A a, B b) {
+  return max(a, b) + bound(mutant).delta;
 }
 
 }  // namespace mutation
