@@ -32,7 +32,7 @@ or large_mean or misaligned) and not (64-64 or 16385)""".replace("\n", " ")
 TESTS = ["-x", "-q", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py", "tests/test_traffic.py",
          "tests/test_kernels.py", "-k", SELECTION]
 # The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
-FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
+FLAGS = "-fsanitize=bounds-strict -fsanitize-undefined-trap-on-error"
 PATIENCE = 2  # how many times what the tests take without a mutant
 
 # Also what makes an asynchronous copy arrive; of functions of the kernels' own, the calls.
@@ -41,13 +41,33 @@ BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|clust
 # Bounds that the compiler evaluates, and those that choose between ways to the same result.
 NO_BOUNDS = ("alignas(", "sizeof(X) < sizeof(Y)", "kHeld > 0")
 
-# Part of a line, the mistake in it, and why it changes no result.
+# Part of a line, the mistake made in that part, and why it changes no result.
 HARMLESS = [
     ("team < 32 ? team : 32", "bound + 1", "32 either way"),
     ("team < 32 ? team : 32", "bound - 1", "a team is a power of two"),
     ("if (team > 32)", "bound + 1", "a team of more than 32 threads has 256"),
     ("i < unit.end; i += kInFlight * unit.step", "bound + 1", "each access in the loop is checked by itself"),
     ("InFlight - 1) * unit.step < unit.end", "bound - 1", "the loop behind it takes what this one leaves"),
+    ("else if (size > 1)", "bound - 1", "a block alone needs no barrier there, and passes that of its cluster"),
+    ("if (!kGrid && size > 1)", "bound - 1", "a barrier more"),
+    ("size > 1 ? in_block_of_cluster", "bound - 1", "a block alone is the first of its cluster"),
+    ("first_slot >= r.slots", "bound + 1", "piece_of() takes the end for the start"),
+    ("r.shared_bytes > 48", "bound + 1", "a multiple of 16"),
+    ("r.shared_bytes > 48", "bound - 1", "asks for what is granted anyway"),
+    ("r.team > 8", "bound + 1", "a team is a power of two"),
+    ("r.team > 8", "bound - 1", "asks for what is granted anyway"),
+    ("step < r.steps; step += kBatch", "bound + 1", "each vector in the loop is checked by itself"),
+    ("step < steps; step += kBatch", "bound + 1", "each vector in the loop is checked by itself"),
+    ("step >= 0; step -= kBatch", "bound - 1", "a multiple of a batch, which has two vectors or more"),
+    ("* team.size < r.width", "bound + 1", "each channel in the loop is checked by itself"),
+    ("(round + 1) * r.steps > r.kept", "bound - 1", "all of that round is kept"),
+    ("round < r.rounds && round * r", "bound + 1", "no more is kept than all rounds have"),
+    ("round * r.steps < r.kept; ++round", "bound + 1", "nothing of that round is kept"),
+    ("i < kBatch - 1;", "bound + 1", "a full batch has gone the other way"),
+    ("(i += 32) < number", "bound + 1", "what it reads, of the block's own tables, goes unused"),
+    ("i < kHeld; ++i", "bound + 1", "no thread has so many vectors behind the steps"),
+    ("r.held > 0", "bound + 1", "16 or none"),
+    ("r.held > 0", "bound - 1", "where none is held, no vector is behind the steps"),
 ]
 
 
@@ -57,6 +77,7 @@ class Mutant:
     file: str
     line: int
     source: str
+    column: int  # of the source, where the mistake is
     mistake: str
 
     def __str__(self):
@@ -65,7 +86,11 @@ class Mutant:
     @property
     def reason(self):
         """Why it is harmless; None where it is not."""
-        return next((why for part, mistake, why in HARMLESS if part in self.source and mistake == self.mistake), None)
+        return next((why for part, mistake, why in HARMLESS if self.is_in(part) and mistake == self.mistake), None)
+
+    def is_in(self, part):
+        start = self.source.find(part)
+        return 0 <= start <= self.column < start + len(part)
 
 
 def mutate(text, file, mutants):
@@ -76,26 +101,32 @@ def mutate(text, file, mutants):
         if code.lstrip().startswith("#") or any(part in code for part in NO_BOUNDS):
             continue
 
-        def add(*mistakes):
-            first = len(mutants)
-            for mistake in mistakes:
-                mutants.append(Mutant(len(mutants), file, i + 1, line.strip(), mistake))
-            return first
+        original, indent = code, len(line) - len(line.lstrip())
 
-        def barrier(match):
-            return f"{match[1]}if (!mutation::is({add('left out')})) {match[2]}"
+        def switch(pattern, mistakes, text, code):
+            """The code with ``text(match, number of the first mistake)`` where the original matches the pattern."""
+            columns = iter([match.start("at") - indent for match in re.finditer(pattern, original)])
 
-        def comparison(match, group=1):
-            return f" {match[group]} mutation::bound({add('bound + 1', 'bound - 1')}) {match[group]} "
+            def replace(match):
+                first, column = len(mutants), next(columns)
+                for mistake in mistakes:
+                    mutants.append(Mutant(len(mutants), file, i + 1, line.strip(), column, mistake))
+                return text(match, first)
 
-        def extreme(match):
-            name = {"min": "least", "max": "most"}[match[1]]
-            return f"mutation::{name}({add(f'{name} + 1', f'{name} - 1')}, "
+            return re.sub(pattern, replace, code)
 
-        code = re.sub(rf"(^|\s)([\w.:()]*(?:{BARRIER}))", barrier, code)
-        code = re.sub(r" (<=|>=|<|>) (?!min\()", comparison, code)  # of a minimum, the next line moves the bound
-        code = re.sub(r"\b(min|max)\(", extreme, code)
-        code = re.sub(r"(?<=\+\+)(\w+) (==) ", lambda match: match[1] + comparison(match, 2), code)  # a counter's end
+        def comparison(match, k):
+            return f" {match['at']} mutation::bound({k}) {match['at']} "
+
+        code = switch(rf"(?<!\S)(?P<at>[\w.:()]*(?:{BARRIER}))", ["left out"],
+                      lambda match, k: f"if (!mutation::is({k})) {match['at']}", code)
+        # Of a minimum, the next ones move the bound.
+        code = switch(r" (?P<at><=|>=|<|>) (?!min\()", ["bound + 1", "bound - 1"], comparison, code)
+        for name, meaning in (("min", "least"), ("max", "most")):
+            code = switch(rf"\b(?P<at>{name})\(", [f"{meaning} + 1", f"{meaning} - 1"],
+                          lambda match, k, meaning=meaning: f"mutation::{meaning}({k}, ", code)
+        code = switch(r"(?<=\+\+)(?P<counter>\w+) (?P<at>==) ", ["bound + 1", "bound - 1"],
+                      lambda match, k: match["counter"] + comparison(match, k), code)
         lines[i] = code
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from itertools import product
 import emulated
 import pytest
 import torch
+from emulator import build
 from oracle import GRADIENTS, LAYOUTS, assert_within_bound, laid_out, make_case
 
 from benchmarks import workloads
@@ -119,6 +120,36 @@ def test_one_gradient_alone_in_any_tier(name, wanted):
         gradients = emulated.group_norm_act_backward(case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu,
                                                      case.pre_bias, case.scale, case.shift, mask)
     assert_within_bound(case, {GRADIENTS[wanted]: gradients[wanted]})
+
+
+def test_registers_hold_no_more_than_a_ragged_chunk_in_any_tier():
+    case = make_case((5, 16, 40, 41), 4, layout="channels_last")
+    with emulated.device(DEVICES["no clusters"]):
+        r = emulated.plan_forward(case.x, case.num_groups)["residence"]
+        abreast = r["threads"] // 32 * (32 // r["lanes"])
+        assert r["held"] and r["chunk"] % abreast, "the last vector of some threads is not there"
+        assert_within_bound(case, all_results(case))
+
+
+@pytest.mark.skipif(not build.watches(), reason="AddressSanitizer takes the place of the emulator's own watch")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["no clusters", "four multiprocessors", "two multiprocessors"])
+def test_no_vector_moves_more_often_than_planned_in_any_tier(name, shape, num_groups, layout):
+    case = make_case(shape, num_groups, layout=layout, options=("weight", "bias"))
+    mask = [True, True, True, False, False, False]
+    with emulated.device(DEVICES[name]):
+        plans = plans_of(case.x, num_groups, parameter_bytes=8)
+        with emulated.traffic() as forward:
+            _, mean, rstd = emulated.group_norm_act(*case.arguments())
+        with emulated.traffic() as backward:
+            emulated.group_norm_act_backward(case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu, None, None,
+                                             None, mask)
+    for plan, launches, tensors in zip(plans, (forward, backward), (1, 2)):
+        r = plan["residence"]
+        one_of_each_thread = r["items"] * r["team"] * r["threads"] * 16
+        for key, vectors in (("bytes_read", tensors), ("bytes_written", 1)) if plan["resident"] else ():
+            assert abs(sum(launch[key] for launch in launches) - plan[key]) < vectors * one_of_each_thread / 2
 
 
 def test_a_device_without_room_for_a_large_cluster_gets_a_smaller_one():
