@@ -131,10 +131,18 @@ def test_registers_hold_no_more_than_a_ragged_chunk_in_any_tier():
         assert_within_bound(case, all_results(case))
 
 
+def test_columns_that_no_number_of_blocks_divides_in_any_tier():
+    case = make_case((1, 2560, 2, 2), 32, layout="channels_last")
+    with emulated.device(DEVICES["no shared memory"]):
+        tiling = emulated.plan_forward(case.x, case.num_groups)["reduce"]
+        assert tiling["block"][0] * tiling["grid"][1] * tiling["vector"] > 2560, "some threads have no channel"
+        assert_within_bound(case, all_results(case))
+
+
 @pytest.mark.skipif(not build.watches(), reason="AddressSanitizer takes the place of the emulator's own watch")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["no clusters", "four multiprocessors", "two multiprocessors"])
+@pytest.mark.parametrize("name", [name for name in DEVICES if name != "clusters"])
 def test_no_vector_moves_more_often_than_planned_in_any_tier(name, shape, num_groups, layout):
     case = make_case(shape, num_groups, layout=layout, options=("weight", "bias"))
     mask = [True, True, True, False, False, False]
@@ -147,9 +155,10 @@ def test_no_vector_moves_more_often_than_planned_in_any_tier(name, shape, num_gr
                                              None, mask)
     for plan, launches, tensors in zip(plans, (forward, backward), (1, 2)):
         r = plan["residence"]
-        one_of_each_thread = r["items"] * r["team"] * r["threads"] * 16
-        for key, vectors in (("bytes_read", tensors), ("bytes_written", 1)) if plan["resident"] else ():
-            assert abs(sum(launch[key] for launch in launches) - plan[key]) < vectors * one_of_each_thread / 2
+        for key, vectors in (("bytes_read", tensors), ("bytes_written", 1)):
+            one_of_each_thread = vectors * r["items"] * r["team"] * r["threads"] * 16
+            allowed = one_of_each_thread / 2 if plan["resident"] else 0.03 * plan[key]
+            assert abs(sum(launch[key] for launch in launches) - plan[key]) < allowed
 
 
 def test_a_device_without_room_for_a_large_cluster_gets_a_smaller_one():
