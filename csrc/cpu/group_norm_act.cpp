@@ -8,6 +8,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <numeric>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "tensors.h"
@@ -16,32 +19,60 @@ namespace ldm_fused {
 namespace cpu {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements that both steps of the statistics find in the second-level cache
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kChunk = 4096;       // elements that both steps of the statistics find in the first-level cache
+constexpr int64_t kTile = 32768;       // elements that one call of a kernel walks
+constexpr int64_t kPixels = 65536;     // elements of the pixels that one call of a kernel walks twice
+constexpr int64_t kTogether = 8192;    // elements of small parts that go through each step together
+constexpr int64_t kNear = 131072;      // elements of a group that the second-level cache holds twice
+constexpr int64_t kGrain = 16384;      // elements worth a thread
+constexpr int64_t kKept = 4194304;    // elements of a part of which dz is kept from the sums to the input gradient
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// LDM_FUSED_CPU_ISA=baseline keeps to what any processor runs.
-bool use_avx2() {
+// ---- Instruction sets -----------------------------------------------------------------------------------------
+
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+// The best that the processor has and LDM_FUSED_CPU_ISA, if set, allows.
+Isa best_isa() {
+  Isa best = Isa::baseline;
 #if defined(__x86_64__)
-  static const bool use = [] {
-    const char* isa = std::getenv("LDM_FUSED_CPU_ISA");
-    return !(isa && std::strcmp(isa, "baseline") == 0) && __builtin_cpu_supports("avx2") &&
-           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  }();
-  return use;
-#else
-  return false;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    best = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    }
+  }
 #endif
+  const char* wanted = std::getenv("LDM_FUSED_CPU_ISA");
+  for (Isa isa = Isa::baseline; wanted && isa < best; isa = Isa(int(isa) + 1)) {
+    if (std::strcmp(wanted, kIsaNames[int(isa)]) == 0) return isa;
+  }
+  return best;
+}
+
+Isa chosen_isa() {
+  static const Isa chosen = best_isa();
+  return chosen;
+}
+
+template <class X, class Y>
+Kernels<X, Y> kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<X, BFloat16> || std::is_same_v<Y, BFloat16>) {
+    if (isa == Isa::avx512_bf16) return avx512_bf16::kernels<X, Y>();
+  }
+  if (isa >= Isa::avx512) return avx512::kernels<X, Y>();
+  if (isa == Isa::avx2) return avx2::kernels<X, Y>();
+#endif
+  return baseline::kernels<X, Y>();
 }
 
 template <class X, class Y>
 const Kernels<X, Y>& kernels() {
-#if defined(__x86_64__)
-  static const Kernels<X, Y> chosen = use_avx2() ? avx2::kernels<X, Y>() : baseline::kernels<X, Y>();
-#else
-  static const Kernels<X, Y> chosen = baseline::kernels<X, Y>();
-#endif
+  static const Kernels<X, Y> chosen = kernels_of<X, Y>(chosen_isa());
   return chosen;
 }
 
@@ -57,69 +88,205 @@ void dispatch_pair(Dtype x, Dtype y, F&& f) {
   if (x == Dtype::bfloat16 && y == Dtype::float32) return f(BFloat16{}, float{});
 }
 
-// f(i) for every i below count, each of about `elements` elements of work.
+// ---- Work -----------------------------------------------------------------------------------------------------
+
+// Memory that nothing has written yet: a std::vector would walk it once more.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : values_(size ? new T[size] : nullptr) {}
+  T* data() const { return values_.get(); }
+  T& operator[](int64_t i) const { return values_[i]; }
+
+ private:
+  std::unique_ptr<T[]> values_;
+};
+
+// f(begin, end) for ranges of [0, count), each of which is about `elements` elements of work.
 template <class F>
 void parallel_over(int64_t count, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
+  torch::stable::parallel_for(0, count, grain, f);
 }
 
-// For every part: first(part, unit) over its units, then merge(part), then second(part, unit) over its units. Where
-// there are parts enough, a thread takes a whole part, while it is in its cache; else all threads share each step.
-template <class First, class Merge, class Second>
-void two_passes(int64_t parts, int64_t part_elements, int64_t first_units, int64_t second_units, const First& first,
-                const Merge& merge, const Second& second) {
-  if (parts >= int64_t(torch::stable::get_num_threads())) {
-    parallel_over(parts, part_elements, [&](int64_t part) {
-      for (int64_t unit = 0; unit < first_units; ++unit) first(part, unit);
-      merge(part);
-      for (int64_t unit = 0; unit < second_units; ++unit) second(part, unit);
+// Parts are what has statistics of its own: groups, or samples in channels_last.
+struct Parts {
+  int64_t count, elements;            // elements of each
+  int64_t first_units, second_units;  // of each, in the two passes
+  int64_t scratch;                    // elements of scratch memory for each
+};
+
+// For every part: first(part, unit, scratch) over its units, then merge(part), then second(part, unit, scratch) over
+// its units. Where threads can share the parts out evenly, each takes whole parts, while they are in its cache, small
+// ones several at once, so that no step waits for the one before; else all threads share each step.
+template <class A, class First, class Merge, class Second>
+void two_passes(const Parts& parts, const First& first, const Merge& merge, const Second& second) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (parts.count >= 4 * threads || parts.count % threads == 0) {
+    const int64_t together = std::max<int64_t>(1, kTogether / parts.elements);
+    parallel_over(ceil_div(parts.count, together), together * parts.elements, [&](int64_t begin, int64_t end) {
+      const Buffer<A> scratch(together * parts.scratch);
+      for (int64_t p0 = begin * together; p0 < std::min(end * together, parts.count); p0 += together) {
+        const int64_t p1 = std::min(p0 + together, parts.count);
+        for (int64_t p = p0; p < p1; ++p) {
+          for (int64_t unit = 0; unit < parts.first_units; ++unit) {
+            first(p, unit, scratch.data() + (p - p0) * parts.scratch);
+          }
+        }
+        for (int64_t p = p0; p < p1; ++p) merge(p);
+        for (int64_t p = p0; p < p1; ++p) {
+          for (int64_t unit = 0; unit < parts.second_units; ++unit) {
+            second(p, unit, scratch.data() + (p - p0) * parts.scratch);
+          }
+        }
+      }
     });
   } else {
-    parallel_over(parts * first_units, part_elements / first_units,
-                  [&](int64_t i) { first(i / first_units, i % first_units); });
-    parallel_over(parts, part_elements / kChunk, merge);
-    parallel_over(parts * second_units, part_elements / std::max<int64_t>(1, second_units),
-                  [&](int64_t i) { second(i / second_units, i % second_units); });
+    const Buffer<A> scratch(parts.count * parts.scratch);
+    const auto over_units = [&](int64_t units, const auto& f) {
+      parallel_over(parts.count * units, parts.elements / std::max<int64_t>(1, units), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) f(i / units, i % units, scratch.data() + i / units * parts.scratch);
+      });
+    };
+    over_units(parts.first_units, first);
+    for (int64_t part = 0; part < parts.count; ++part) merge(part);
+    over_units(parts.second_units, second);
   }
 }
 
-// A run of `length` elements cut into chunks. Units of work are the chunks of one run after the other.
+// A run of `length` elements cut into chunks.
 struct Chunks {
-  struct Place {
-    int64_t run, chunk;
-  };
-
   int64_t length, size, count;
 
-  explicit Chunks(int64_t length, int64_t size = kChunk) : length(length), size(size), count(ceil_div(length, size)) {}
+  explicit Chunks(int64_t length, int64_t size) : length(length), size(size), count(ceil_div(length, size)) {}
   int64_t begin(int64_t k) const { return k * size; }
   int64_t extent(int64_t k) const { return std::min(size, length - k * size); }
-  Place place(int64_t unit) const { return count == 1 ? Place{unit, 0} : Place{unit / count, unit % count}; }
 };
 
-// A float sum that goes on for longer than this loses digits: chunks of sums are this long, and added up in double.
-constexpr int64_t kLongestSum = 128;
+// A group's rows cut into tiles: whole rows, or a piece of one.
+struct Tiles {
+  struct Tile {
+    int64_t channel, piece;
+    Rows rows;
+    int64_t at;  // of its first element in the group
+  };
 
+  int64_t channels, spatial;
+  Chunks rows, pieces;
+  int64_t count;
+  int64_t ahead;  // what comes next: the next group, or what follows in one that no cache near the processor holds
+
+  Tiles(int64_t channels, int64_t spatial)
+      : channels(channels),
+        spatial(spatial),
+        rows(channels, std::max<int64_t>(1, kTile / spatial)),
+        pieces(spatial, kTile),
+        count(rows.count * pieces.count),
+        ahead(channels * spatial <= kNear ? std::max(channels * spatial, kTogether) : 1024) {}
+
+  Tile operator[](int64_t unit) const {
+    const int64_t block = unit / pieces.count, piece = unit % pieces.count;
+    return {rows.begin(block), piece, {rows.extent(block), pieces.extent(piece), spatial, ahead},
+            rows.begin(block) * spatial + pieces.begin(piece)};
+  }
+};
+
+// Pixels that a kernel walks at once, in channels_last: no longer than a sum of floats, and about equally many.
 Chunks pixel_chunks(const Shape& shape) {
-  return Chunks(shape.spatial, std::clamp<int64_t>(kChunk / shape.channels, 16, kLongestSum));
+  const int64_t most = std::clamp<int64_t>(kPixels / shape.channels, 16, kLongestSum);
+  return Chunks(shape.spatial, ceil_div(shape.spatial, ceil_div(shape.spatial, most)));
 }
 
 bool walks_columns(const Shape& shape) { return shape.channels_last || shape.spatial == 1; }
+
+// ---- Parameters -----------------------------------------------------------------------------------------------
+
+template <class T, class A>
+void widen_into(const void* from, int64_t count, A* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = A(widen(static_cast<const T*>(from)[i]));
+}
+
+// Each channel's parameters in the arithmetic's type, put together once a call and not once a group:
+// u = (x - (mean - pre_bias)) * (rstd * gain) + offset.
+template <class A>
+class Channels {
+ public:
+  Channels(const Shape& shape, const Affine& affine)
+      : shape_(shape),
+        stride_(affine.pre_bias.batch_stride || affine.scale.data || affine.shift.data ? shape.channels : 0),
+        samples_(stride_ ? shape.batch : 1),
+        values_(samples_ * shape.channels * (affine.pre_bias.data ? 3 : 2)),
+        gain_(values_.data()),
+        offset_(gain_ + samples_ * shape.channels),
+        pre_bias_(affine.pre_bias.data ? offset_ + samples_ * shape.channels : nullptr) {
+    for (int64_t n = 0; n < samples_; ++n) {
+      A *gain = gain_ + n * stride_, *offset = offset_ + n * stride_;
+      fill(affine.weight, n, 1, gain);
+      fill(affine.bias, n, 0, offset);
+      if (pre_bias_) fill(affine.pre_bias, n, 0, pre_bias_ + n * stride_);
+      for (int64_t c = 0; affine.scale.data && c < shape.channels; ++c) {
+        const A factor = A(1) + affine.scale.load<A>(n, c, 0);
+        gain[c] *= factor;
+        offset[c] *= factor;
+      }
+      for (int64_t c = 0; affine.shift.data && c < shape.channels; ++c) offset[c] += affine.shift.load<A>(n, c, 0);
+    }
+  }
+
+  const A* gain(int64_t n) const { return gain_ + n * stride_; }
+  const A* offset(int64_t n) const { return offset_ + n * stride_; }
+  const A* pre_bias(int64_t n) const { return pre_bias_ ? pre_bias_ + n * stride_ : nullptr; }  // null: none
+
+  // From channel c on, all of one group.
+  GroupAffine<A> group(int64_t n, int64_t c, A mean, A rstd) const {
+    const int64_t at = n * stride_ + c;
+    return {mean, rstd, gain_ + at, offset_ + at, pre_bias_ ? pre_bias_ + at : nullptr};
+  }
+
+ private:
+  void fill(const Parameter& parameter, int64_t n, A absent, A* to) const {
+    const char* from = static_cast<const char*>(parameter.data);
+    if (!from) {
+      std::fill_n(to, shape_.channels, absent);
+      return;
+    }
+    from += n * parameter.batch_stride * size_of(parameter.dtype);
+    switch (parameter.dtype) {
+      case Dtype::float64: widen_into<double>(from, shape_.channels, to); break;
+      case Dtype::float32: widen_into<float>(from, shape_.channels, to); break;
+      case Dtype::float16: widen_into<Half>(from, shape_.channels, to); break;
+      case Dtype::bfloat16: widen_into<BFloat16>(from, shape_.channels, to); break;
+    }
+  }
+
+  const Shape& shape_;
+  int64_t stride_, samples_;
+  Buffer<A> values_;
+  A *gain_, *offset_, *pre_bias_;
+};
 
 // The affine maps of all channels of all samples, one array a member.
 template <class A>
 class AffineTable {
  public:
-  explicit AffineTable(const Shape& shape) : channels_(shape.channels), values_(3 * shape.rows()) {}
+  explicit AffineTable(const Shape& shape)
+      : channels_(shape.channels),
+        groups_(shape.groups),
+        in_group_(shape.channels_per_group()),
+        values_(3 * shape.rows()) {}
 
-  void set(int64_t n, int64_t c, const ChannelAffine<A>& affine) {
-    A* at = values_.data() + 3 * n * channels_ + c;
-    at[0] = affine.center;
-    at[channels_] = affine.slope;
-    at[2 * channels_] = affine.offset;
+  // Sample n's, from the statistics of all groups.
+  void fill(int64_t n, const Channels<A>& channels, const A* mean, const A* rstd) {
+    A *center = values_.data() + 3 * n * channels_, *slope = center + channels_, *offset = slope + channels_;
+    const A *gain = channels.gain(n), *pre_bias = channels.pre_bias(n);
+    std::copy_n(channels.offset(n), channels_, offset);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const A m = mean[n * groups_ + g], r = rstd[n * groups_ + g];
+      for (int64_t c = g * in_group_; c < (g + 1) * in_group_; ++c) {
+        center[c] = pre_bias ? m - pre_bias[c] : m;
+        slope[c] = r * gain[c];
+      }
+    }
   }
 
   ColumnAffine<A> sample(int64_t n) const {
@@ -128,8 +295,8 @@ class AffineTable {
   }
 
  private:
-  int64_t channels_;
-  std::vector<A> values_;
+  int64_t channels_, groups_, in_group_;
+  Buffer<A> values_;
 };
 
 // ---- Forward --------------------------------------------------------------------------------------------------
@@ -145,84 +312,97 @@ struct Forward {
   A *mean, *rstd;
   double eps;
   bool silu;
+  const Channels<A> channels{shape, affine};
   const Kernels<X, Y>& kernel = kernels<X, Y>();
 
-  void store_statistics(int64_t group, const Moments& moments) const {
-    mean[group] = A(moments.mean);
-    rstd[group] = A(1) / std::sqrt(A(moments.m2 / moments.count) + A(eps));
-  }
-
-  ChannelAffine<A> channel(int64_t n, int64_t c) const {
-    const int64_t group = shape.group(n, c);
-    return channel_affine<A>(affine, n, c, mean[group], rstd[group]);
-  }
+  A rstd_of(double variance) const { return A(1) / std::sqrt(A(variance) + A(eps)); }
 
   // Parts are groups. Without pre_bias the statistics take a group as one run, else channel by channel.
   void rows() const {
-    const int64_t channels = shape.channels_per_group(), group_size = channels * shape.spatial;
-    const int64_t runs = affine.pre_bias.data ? channels : 1;
-    const Chunks statistics(group_size / runs), apply(shape.spatial);
-    const int64_t units = runs * statistics.count;
-    std::vector<Moments> partials(shape.batch * shape.groups * units);
-    std::vector<ChannelAffine<A>> affines(shape.rows());
-    two_passes(
-        shape.batch * shape.groups, group_size, units, channels * apply.count,
-        [&](int64_t group, int64_t unit) {
-          const auto [run, k] = statistics.place(unit);
-          partials[group * units + unit] = kernel.row_moments(
-              x + group * group_size + run * statistics.length + statistics.begin(k), statistics.extent(k));
+    const int64_t in_group = shape.channels_per_group(), group_size = in_group * shape.spatial;
+    const int64_t runs = affine.pre_bias.data ? in_group : 1;
+    const Chunks chunks(group_size / runs, kChunk);
+    const Tiles tiles(in_group, shape.spatial);
+    const int64_t units = runs * chunks.count;
+    const Buffer<Moments> partials(shape.batch * shape.groups * units);
+    two_passes<A>(
+        {shape.batch * shape.groups, group_size, units, tiles.count, 0},
+        [&](int64_t group, int64_t unit, A*) {
+          const int64_t run = unit / chunks.count, k = unit % chunks.count;
+          partials[group * units + unit] =
+              kernel.row_moments(x + group * group_size + run * chunks.length + chunks.begin(k), chunks.extent(k));
         },
         [&](int64_t group) {
-          const int64_t n = group / shape.groups, c0 = group % shape.groups * channels;
+          const int64_t n = group / shape.groups, c0 = group % shape.groups * in_group;
           Moments sum{};
           for (int64_t unit = 0; unit < units; ++unit) {
             Moments moments = partials[group * units + unit];
-            moments.mean += affine.pre_bias.load<A>(n, c0 + statistics.place(unit).run, 0);
+            if (channels.pre_bias(n)) moments.mean += channels.pre_bias(n)[c0 + unit / chunks.count];
             sum.merge(moments);
           }
-          store_statistics(group, sum);
-          for (int64_t c = 0; c < channels; ++c) affines[group * channels + c] = channel(n, c0 + c);
+          mean[group] = A(sum.mean);
+          rstd[group] = rstd_of(sum.m2 / sum.count);
         },
-        [&](int64_t group, int64_t unit) {
-          const auto [channel, k] = apply.place(unit);
-          const int64_t row = group * channels + channel, at = row * shape.spatial + apply.begin(k);
-          kernel.row_apply(x + at, y + at, apply.extent(k), affines[row], silu);
+        [&](int64_t group, int64_t unit, A*) {
+          const Tiles::Tile tile = tiles[unit];
+          const int64_t n = group / shape.groups, c = group % shape.groups * in_group + tile.channel;
+          const int64_t at = group * group_size + tile.at;
+          kernel.rows_apply(x + at, y + at, tile.rows, channels.group(n, c, mean[group], rstd[group]), silu);
         });
   }
 
   // Parts are samples.
   void columns() const {
-    const int64_t channels = shape.channels, sample_size = channels * shape.spatial;
+    const int64_t sample_size = shape.channels * shape.spatial;
     const Chunks pixels = pixel_chunks(shape);
-    std::vector<A> means(shape.batch * pixels.count * channels), m2s(means.size());
+    const Buffer<A> means(shape.batch * pixels.count * shape.channels), m2s(shape.batch * pixels.count * shape.channels);
     AffineTable<A> table(shape);
-    two_passes(
-        shape.batch, sample_size, pixels.count, pixels.count,
-        [&](int64_t n, int64_t k) {
-          const int64_t partial = (n * pixels.count + k) * channels;
-          kernel.column_moments(x + n * sample_size + pixels.begin(k) * channels, pixels.extent(k), channels,
-                                means.data() + partial, m2s.data() + partial);
+    two_passes<A>(
+        {shape.batch, sample_size, pixels.count, pixels.count, 0},
+        [&](int64_t n, int64_t k, A*) {
+          const int64_t partial = (n * pixels.count + k) * shape.channels;
+          kernel.column_moments(x + n * sample_size + pixels.begin(k) * shape.channels, pixels.extent(k),
+                                shape.channels, means.data() + partial, m2s.data() + partial);
         },
-        [&](int64_t n) {
-          for (int64_t g = 0; g < shape.groups; ++g) {
-            const int64_t first = g * shape.channels_per_group(), last = first + shape.channels_per_group();
-            Moments moments{};
-            for (int64_t k = 0; k < pixels.count; ++k) {
-              const int64_t partial = (n * pixels.count + k) * channels;
-              for (int64_t c = first; c < last; ++c) {
-                moments.merge({double(pixels.extent(k)),
-                               double(means[partial + c]) + double(affine.pre_bias.load<A>(n, c, 0)),
-                               double(m2s[partial + c])});
-              }
-            }
-            store_statistics(n * shape.groups + g, moments);
-            for (int64_t c = first; c < last; ++c) table.set(n, c, channel(n, c));
-          }
-        },
-        [&](int64_t n, int64_t k) {
-          const int64_t at = n * sample_size + pixels.begin(k) * channels;
-          kernel.column_apply(x + at, y + at, pixels.extent(k), channels, table.sample(n), silu);
+        [&](int64_t n) { merge_columns(n, pixels, means, m2s, table); },
+        [&](int64_t n, int64_t k, A*) {
+          const int64_t at = n * sample_size + pixels.begin(k) * shape.channels;
+          kernel.columns_apply(x + at, y + at, pixels.extent(k), shape.channels, table.sample(n), silu);
         });
+  }
+
+  // From the moments of each channel in each chunk to the statistics and the affine maps, in two steps as within a
+  // chunk: first the mean of all means, then how far each is from it.
+  void merge_columns(int64_t n, const Chunks& pixels, const Buffer<A>& means, const Buffer<A>& m2s,
+                     AffineTable<A>& table) const {
+    const int64_t all = shape.channels, in_group = shape.channels_per_group(), first = n * pixels.count * all;
+    std::vector<double> sums(all), centers(all), m2(all);
+    for (int64_t k = 0; k < pixels.count; ++k) {
+      const A* mean_k = means.data() + first + k * all;
+      const double share = double(pixels.extent(k)) / double(shape.spatial);
+      for (int64_t c = 0; c < all; ++c) sums[c] += double(mean_k[c]) * share;
+    }
+    for (int64_t c = 0; channels.pre_bias(n) && c < all; ++c) sums[c] += double(channels.pre_bias(n)[c]);
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const double group_mean = std::accumulate(&sums[g * in_group], &sums[g * in_group] + in_group, 0.0) / in_group;
+      std::fill_n(&centers[g * in_group], in_group, group_mean);
+      mean[n * shape.groups + g] = A(group_mean);
+    }
+    for (int64_t c = 0; channels.pre_bias(n) && c < all; ++c) centers[c] -= double(channels.pre_bias(n)[c]);
+    for (int64_t k = 0; k < pixels.count; ++k) {
+      const A *mean_k = means.data() + first + k * all, *m2_k = m2s.data() + first + k * all;
+      const double extent = double(pixels.extent(k));
+      for (int64_t c = 0; c < all; ++c) {
+        const double off = double(mean_k[c]) - centers[c];
+        m2[c] += double(m2_k[c]) + off * off * extent;
+      }
+    }
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const int64_t group = n * shape.groups + g;
+      const double sum = std::accumulate(&m2[g * in_group], &m2[g * in_group] + in_group, 0.0);
+      rstd[group] = rstd_of(sum / (double(in_group) * double(shape.spatial)));
+    }
+    table.fill(n, channels, mean, rstd);
   }
 };
 
@@ -240,117 +420,137 @@ struct Backward {
   X* dx;  // null: not wanted
   const A *mean, *rstd;
   bool silu;
-  std::vector<GradientSums<A>> totals{size_t(shape.rows())};  // of each channel of each sample
-  std::vector<Projection<A>> projections{size_t(shape.batch * shape.groups)};
+  const Channels<A> channels{shape, affine};
+  Buffer<A> totals{3 * shape.rows()};  // the members of GradientSums, each an array over all channels of all samples
+  A *dz = totals.data(), *dz_x = dz + shape.rows(), *sum_x = dz_x + shape.rows();
+  Buffer<Projection<A>> projections{shape.batch * shape.groups};
   const Kernels<X, Y>& kernel = kernels<X, Y>();
 
-  ChannelAffine<A> channel(int64_t n, int64_t c) const {
-    const int64_t group = shape.group(n, c);
-    return channel_affine<A>(affine, n, c, mean[group], rstd[group]);
+  // Where dz of a part lies between the passes, if it stays in a cache: in dx where the types agree, else in scratch
+  // memory. Computing it again costs the exponential and the division a second time.
+  bool keeps_dz(int64_t part_elements) const { return dx && silu && part_elements <= kKept; }
+  int64_t scratch(int64_t part_elements) const {
+    return keeps_dz(part_elements) && !std::is_same_v<X, A> ? part_elements : 0;
+  }
+  A* kept(int64_t part, int64_t part_elements, A* scratch, int64_t at) const {
+    if (!keeps_dz(part_elements)) return nullptr;
+    if constexpr (std::is_same_v<X, A>) return dx + part * part_elements + at;
+    return scratch + at;
   }
 
   // From the totals of the group's channels.
   void project(int64_t n, int64_t g) {
-    const int64_t channels = shape.channels_per_group(), group = n * shape.groups + g;
-    double dz = 0, dz_x = 0;
-    for (int64_t c = g * channels; c < (g + 1) * channels; ++c) {
-      const GradientSums<A>& total = totals[n * shape.channels + c];
-      const A gain = affine.weight.load<A>(n, c, 1) * (A(1) + affine.scale.load<A>(n, c, 0));
-      dz += double(gain * total.dz);
-      dz_x += double(gain * total.dz_x);
+    const int64_t in_group = shape.channels_per_group(), group = n * shape.groups + g;
+    const int64_t row = n * shape.channels + g * in_group;
+    const A* gain = channels.gain(n) + g * in_group;
+    double sum = 0, sum_x = 0;
+    for (int64_t i = 0; i < in_group; ++i) {
+      sum += double(gain[i] * dz[row + i]);
+      sum_x += double(gain[i] * dz_x[row + i]);
     }
     const A r = rstd[group];
-    const double count = double(channels) * double(shape.spatial);
-    projections[group] = {r * A(dz / count), A(dz_x / count) * r * r * r};
+    const double count = double(in_group) * double(shape.spatial);
+    projections[group] = {r * A(sum / count), A(sum_x / count) * r * r * r};
   }
 
   // Parts are groups.
   void rows() {
-    const int64_t channels = shape.channels_per_group();
-    const Chunks chunks(shape.spatial, 8 * kLongestSum);  // 8 lanes
-    const int64_t units = channels * chunks.count;
-    std::vector<GradientSums<double>> partials(shape.rows() * chunks.count);
-    std::vector<ChannelAffine<A>> affines(shape.rows());
-    parallel_over(shape.batch * shape.groups, channels, [&](int64_t group) {
-      const int64_t n = group / shape.groups, c0 = group % shape.groups * channels;
-      for (int64_t c = 0; c < channels; ++c) affines[group * channels + c] = channel(n, c0 + c);
-    });
-    two_passes(
-        shape.batch * shape.groups, channels * shape.spatial, units, dx ? units : 0,
-        [&](int64_t group, int64_t unit) {
-          const auto [channel, k] = chunks.place(unit);
-          const int64_t row = group * channels + channel, at = row * shape.spatial + chunks.begin(k);
-          partials[group * units + unit] = kernel.row_sums(x + at, dy + at, chunks.extent(k), affines[row], silu);
+    const int64_t in_group = shape.channels_per_group(), group_size = in_group * shape.spatial;
+    const Tiles tiles(in_group, shape.spatial);
+    const Buffer<GradientSums<double>> partials(shape.rows() * tiles.pieces.count);
+    const auto maps = [&](int64_t group, const Tiles::Tile& tile) {
+      const int64_t n = group / shape.groups, c = group % shape.groups * in_group + tile.channel;
+      return channels.group(n, c, mean[group], rstd[group]);
+    };
+    two_passes<A>(
+        {shape.batch * shape.groups, group_size, tiles.count, dx ? tiles.count : 0, scratch(group_size)},
+        [&](int64_t group, int64_t unit, A* scratch) {
+          const Tiles::Tile tile = tiles[unit];
+          const int64_t at = group * group_size + tile.at;
+          kernel.rows_sums(x + at, dy + at, kept(group, group_size, scratch, tile.at), tile.rows, maps(group, tile),
+                           silu, partials.data() + tile.piece * shape.rows() + group * in_group + tile.channel);
         },
         [&](int64_t group) {
-          for (int64_t row = group * channels; row < (group + 1) * channels; ++row) {
-            GradientSums<double> sum{};
-            for (int64_t k = 0; k < chunks.count; ++k) sum.merge(partials[row * chunks.count + k]);
-            totals[row] = {A(sum.dz), A(sum.dz_x), A(sum.x)};
+          for (int64_t row = group * in_group; row < (group + 1) * in_group; ++row) {
+            GradientSums<double> sum = partials[row];
+            for (int64_t k = 1; k < tiles.pieces.count; ++k) sum.merge(partials[k * shape.rows() + row]);
+            dz[row] = A(sum.dz);
+            dz_x[row] = A(sum.dz_x);
+            sum_x[row] = A(sum.x);
           }
           project(group / shape.groups, group % shape.groups);
         },
-        [&](int64_t group, int64_t unit) {
-          const auto [channel, k] = chunks.place(unit);
-          const int64_t row = group * channels + channel, at = row * shape.spatial + chunks.begin(k);
-          kernel.row_input_gradient(x + at, dy + at, dx + at, chunks.extent(k), affines[row], projections[group], silu);
+        [&](int64_t group, int64_t unit, A* scratch) {
+          const Tiles::Tile tile = tiles[unit];
+          const int64_t at = group * group_size + tile.at;
+          kernel.rows_input_gradient(x + at, dy + at, kept(group, group_size, scratch, tile.at), dx + at, tile.rows,
+                                     maps(group, tile), projections[group], silu);
         });
   }
 
   // Parts are samples.
   void columns() {
-    const int64_t channels = shape.channels, sample_size = channels * shape.spatial;
+    const int64_t sample_size = shape.channels * shape.spatial, in_group = shape.channels_per_group();
     const Chunks pixels = pixel_chunks(shape);
-    std::vector<A> partials(3 * shape.batch * pixels.count * channels), k1(shape.rows()), k2(shape.rows());
+    const Buffer<A> partials(3 * shape.batch * pixels.count * shape.channels), k1(shape.rows()), k2(shape.rows());
     AffineTable<A> table(shape);
-    parallel_over(shape.batch, channels, [&](int64_t n) {
-      for (int64_t c = 0; c < channels; ++c) table.set(n, c, channel(n, c));
-    });
-    two_passes(
-        shape.batch, sample_size, pixels.count, dx ? pixels.count : 0,
-        [&](int64_t n, int64_t k) {
-          const int64_t at = n * sample_size + pixels.begin(k) * channels;
-          A* sums = partials.data() + 3 * (n * pixels.count + k) * channels;
-          kernel.column_sums(x + at, dy + at, pixels.extent(k), channels, table.sample(n), silu, sums, sums + channels,
-                             sums + 2 * channels);
+    for (int64_t n = 0; n < shape.batch; ++n) table.fill(n, channels, mean, rstd);
+    two_passes<A>(
+        {shape.batch, sample_size, pixels.count, dx ? pixels.count : 0, scratch(sample_size)},
+        [&](int64_t n, int64_t k, A* scratch) {
+          const int64_t offset = pixels.begin(k) * shape.channels, at = n * sample_size + offset;
+          A* sums = partials.data() + 3 * (n * pixels.count + k) * shape.channels;
+          kernel.columns_sums(x + at, dy + at, kept(n, sample_size, scratch, offset), pixels.extent(k), shape.channels,
+                              table.sample(n), silu, sums, sums + shape.channels, sums + 2 * shape.channels);
         },
         [&](int64_t n) {
-          for (int64_t c = 0; c < channels; ++c) {
-            GradientSums<double> sum{};
-            for (int64_t k = 0; k < pixels.count; ++k) {
-              const A* sums = partials.data() + 3 * (n * pixels.count + k) * channels + c;
-              sum.merge({double(sums[0]), double(sums[channels]), double(sums[2 * channels])});
-            }
-            totals[n * channels + c] = {A(sum.dz), A(sum.dz_x), A(sum.x)};
+          std::vector<double> sums(3 * shape.channels);
+          for (int64_t k = 0; k < pixels.count; ++k) {
+            const A* partial = partials.data() + 3 * (n * pixels.count + k) * shape.channels;
+            for (int64_t i = 0; i < 3 * shape.channels; ++i) sums[i] += double(partial[i]);
           }
-          for (int64_t g = 0; g < shape.groups; ++g) project(n, g);
-          for (int64_t c = 0; c < channels; ++c) {
-            const Projection<A>& projection = projections[shape.group(n, c)];
-            k1[n * channels + c] = projection.k1;
-            k2[n * channels + c] = projection.k2;
+          for (int64_t c = 0; c < shape.channels; ++c) {
+            dz[n * shape.channels + c] = A(sums[c]);
+            dz_x[n * shape.channels + c] = A(sums[shape.channels + c]);
+            sum_x[n * shape.channels + c] = A(sums[2 * shape.channels + c]);
+          }
+          for (int64_t g = 0; g < shape.groups; ++g) {
+            project(n, g);
+            const Projection<A>& projection = projections[n * shape.groups + g];
+            std::fill_n(k1.data() + n * shape.channels + g * in_group, in_group, projection.k1);
+            std::fill_n(k2.data() + n * shape.channels + g * in_group, in_group, projection.k2);
           }
         },
-        [&](int64_t n, int64_t k) {
-          const int64_t at = n * sample_size + pixels.begin(k) * channels;
-          kernel.column_input_gradient(x + at, dy + at, dx + at, pixels.extent(k), channels, table.sample(n),
-                                       k1.data() + n * channels, k2.data() + n * channels, silu);
+        [&](int64_t n, int64_t k, A* scratch) {
+          const int64_t offset = pixels.begin(k) * shape.channels, at = n * sample_size + offset;
+          kernel.columns_input_gradient(x + at, dy + at, kept(n, sample_size, scratch, offset), dx + at,
+                                        pixels.extent(k), shape.channels, table.sample(n),
+                                        k1.data() + n * shape.channels, k2.data() + n * shape.channels, silu);
         });
   }
 
   void parameters() const {
     if (!gradients.any()) return;
     constexpr int64_t kBlock = 64;  // channels that a thread sums side by side
-    parallel_over(ceil_div(shape.channels, kBlock), kBlock * shape.batch, [&](int64_t block) {
-      const int64_t first = block * kBlock, last = std::min(first + kBlock, shape.channels);
-      ParameterGradients<A> sums[kBlock]{};
-      for (int64_t n = 0; n < shape.batch; ++n) {
-        for (int64_t c = first; c < last; ++c) {
-          const int64_t group = shape.group(n, c);
-          sums[c - first].add(affine, gradients, shape, n, c, rstd[group], projections[group],
-                              totals[n * shape.channels + c]);
+    const bool plain = !affine.scale.data && !gradients.shift.data && !gradients.pre_bias.data;
+    parallel_over(ceil_div(shape.channels, kBlock), kBlock * shape.batch, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * kBlock; first < std::min(end * kBlock, shape.channels); first += kBlock) {
+        const int64_t last = std::min(first + kBlock, shape.channels);
+        ParameterGradients<A> sums[kBlock]{};
+        for (int64_t n = 0; n < shape.batch; ++n) {
+          for (int64_t c = first; c < last; ++c) {
+            const int64_t group = shape.group(n, c), row = n * shape.channels + c;
+            if (plain) {  // what add() does, without looking at each parameter
+              sums[c - first].weight += dz_x[row] * rstd[group];
+              sums[c - first].bias += dz[row];
+            } else {
+              sums[c - first].add(affine, gradients, shape, n, c, rstd[group], projections[group],
+                                  {dz[row], dz_x[row], sum_x[row]});
+            }
+          }
         }
+        for (int64_t c = first; c < last; ++c) sums[c - first].store(gradients, c);
       }
-      for (int64_t c = first; c < last; ++c) sums[c - first].store(gradients, c);
     });
   }
 };
@@ -409,7 +609,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
 
 }  // namespace
 
-const char* isa() { return use_avx2() ? "avx2" : "baseline"; }
+const char* isa() { return kIsaNames[int(chosen_isa())]; }
 
 }  // namespace cpu
 }  // namespace ldm_fused

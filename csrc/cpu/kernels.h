@@ -1,8 +1,8 @@
 // The CPU's inner loops, compiled once an instruction set and chosen at run time.
 //
 // Rows are runs of one channel (contiguous memory), columns are pixels of all channels (channels_last). The
-// instruction sets differ in the width of a vector only: kernels_*.cpp set the compiler's target and include
-// kernels.inl, so that one binary, built anywhere, uses what the processor at hand has.
+// instruction sets differ in the width of a vector and in a few conversions: kernels_*.cpp set the compiler's target
+// and include kernels.inl, so that one binary, built anywhere, uses what the processor at hand has.
 #pragma once
 
 #include "problem.h"
@@ -10,7 +10,10 @@
 namespace ldm_fused {
 namespace cpu {
 
-// Of a channel's chunk. In double, since the merging that follows costs nothing.
+// A sum of floats that goes on for longer than this loses digits: longer ones are added up in double.
+constexpr int64_t kLongestSum = 128;
+
+// Of a chunk. In double, since the merging that follows costs nothing.
 struct Moments {
   double count, mean, m2;
 
@@ -25,32 +28,54 @@ struct Moments {
   }
 };
 
-// The affine maps of all channels of a sample, each member an array over channels.
+// `count` runs of `length` elements, one a channel, whose first elements are `stride` apart. What lies `ahead` elements
+// further on is prefetched by the second pass.
+struct Rows {
+  int64_t count, length, stride, ahead;
+};
+
+// The affine maps of a group's channels, from its statistics and from arrays over its channels.
+template <class A>
+struct GroupAffine {
+  A mean, rstd;
+  const A *gain, *offset;
+  const A* pre_bias;  // null: none
+
+  ChannelAffine<A> channel(int64_t i) const {
+    return {pre_bias ? mean - pre_bias[i] : mean, rstd * gain[i], offset[i]};
+  }
+};
+
+// The affine maps of a sample's channels, each member an array over them.
 template <class A>
 struct ColumnAffine {
   const A *center, *slope, *offset;
 };
 
+// x, y, dy and dx begin at the first element of the first row or pixel, and so does `kept`: dz, written by the sums
+// and read in place of dy by the input gradient, or null. It may be dx itself.
 template <class X, class Y>
 struct Kernels {
   using A = Accumulate<X>;
 
   Moments (*row_moments)(const X* x, int64_t n);
-  void (*row_apply)(const X* x, Y* y, int64_t n, const ChannelAffine<A>&, bool silu);
-  GradientSums<double> (*row_sums)(const X* x, const Y* dy, int64_t n, const ChannelAffine<A>&, bool silu);
-  void (*row_input_gradient)(const X* x, const Y* dy, X* dx, int64_t n, const ChannelAffine<A>&, const Projection<A>&,
-                             bool silu);
+  void (*rows_apply)(const X* x, Y* y, const Rows&, const GroupAffine<A>&, bool silu);
+  void (*rows_sums)(const X* x, const Y* dy, A* kept, const Rows&, const GroupAffine<A>&, bool silu,
+                    GradientSums<double>* sums);
+  void (*rows_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, const Rows&, const GroupAffine<A>&,
+                              const Projection<A>&, bool silu);
 
-  // `mean` and `m2`, and the members of `sums`, are arrays over channels, written here.
+  // `mean` and `m2`, and dz, dz_x and sum_x, are arrays over channels, written here.
   void (*column_moments)(const X* x, int64_t pixels, int64_t channels, A* mean, A* m2);
-  void (*column_apply)(const X* x, Y* y, int64_t pixels, int64_t channels, const ColumnAffine<A>&, bool silu);
-  void (*column_sums)(const X* x, const Y* dy, int64_t pixels, int64_t channels, const ColumnAffine<A>&, bool silu,
-                      A* dz, A* dz_x, A* sum_x);
-  void (*column_input_gradient)(const X* x, const Y* dy, X* dx, int64_t pixels, int64_t channels,
-                                const ColumnAffine<A>&, const A* k1, const A* k2, bool silu);
+  void (*columns_apply)(const X* x, Y* y, int64_t pixels, int64_t channels, const ColumnAffine<A>&, bool silu);
+  void (*columns_sums)(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels, const ColumnAffine<A>&,
+                       bool silu, A* dz, A* dz_x, A* sum_x);
+  void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, int64_t pixels, int64_t channels,
+                                 const ColumnAffine<A>&, const A* k1, const A* k2, bool silu);
 };
 
-// Each instruction set's kernels; baseline is what the compiler targets without being told.
+// Each instruction set's kernels. baseline is what the compiler targets without being told; avx512_bf16 has those only
+// in which a bfloat16 takes part, and avx512 serves for the rest.
 namespace baseline {
 template <class X, class Y>
 Kernels<X, Y> kernels();
@@ -59,8 +84,16 @@ namespace avx2 {
 template <class X, class Y>
 Kernels<X, Y> kernels();
 }
+namespace avx512 {
+template <class X, class Y>
+Kernels<X, Y> kernels();
+}
+namespace avx512_bf16 {
+template <class X, class Y>
+Kernels<X, Y> kernels();
+}
 
-const char* isa();  // the instruction set in use: "baseline" or "avx2"
+const char* isa();  // the instruction set in use, by its name above
 
 }  // namespace cpu
 }  // namespace ldm_fused
