@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--suite", choices=[*workloads.SUITES, "all"], metavar="NAME", help="every shape of a suite, or of all")
     add("--shape", type=shape, action="append", metavar="N,C,H,W", help="a shape of your own; repeatable")
     add("--groups", type=int, default=32, metavar="G", help="number of groups for --shape (32)")
+    add("--max-mb", type=float, metavar="MB", help="leave out tensors larger than so many MB")
     add("--providers", type=provider_list, default=list(workloads.PROVIDERS), metavar="A,B", help="only these (all)")
     add("--list", action="store_true", help="print the suites and their shapes, and stop")
 

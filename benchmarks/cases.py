@@ -25,7 +25,8 @@ def run(args, save: Callable[[List[Row]], None] = lambda rows: None) -> List[Row
     """All cases that the arguments ask for; `save` gets those that are done, every few seconds."""
     todo = chosen(args)
     if not todo:
-        sys.exit("nothing to run: no chosen shape has that layout, or a block, or is of a model that people train")
+        sys.exit("nothing to run: no chosen shape has that layout, or a block, or is of a model that people train, or"
+                 " is within --max-mb")  # fmt: skip
     places = {id(row): (args.levels.index(row.level), i) for i, row in enumerate(todo)}
     in_order = lambda rows: sorted(rows, key=lambda row: places[id(row)])  # noqa: E731
     progress, limit = Progress(len(todo)), budget(args)
@@ -63,6 +64,7 @@ def budget(args) -> float:
 
 def chosen(args) -> List[Row]:
     """Everything to run, each distinct call once."""
+    largest = math.inf if args.max_mb is None else args.max_mb * 1e6
     rows: Dict[Tuple, Row] = {}
     for dtype in args.dtypes:
         itemsize = getattr(torch, dtype).itemsize
@@ -71,7 +73,8 @@ def chosen(args) -> List[Row]:
             for layout in w.layouts(args.layout):
                 for mode in modes:
                     row = Row(w, level, mode, layout, dtype, itemsize, args.device)
-                    rows.setdefault((dtype, level, mode, w.call, layout), row)
+                    if row.bytes <= largest:
+                        rows.setdefault((dtype, level, mode, w.call, layout), row)
     return list(rows.values())
 
 
@@ -176,6 +179,7 @@ def summary(rows: List[Row], args) -> str:
         report.suite_totals(rows, suites, args.providers),
         report.notes(rows),
         left_out if len(rows) < total else "",
+        report.held_to(rows, args.providers, torch.get_num_threads()),
     ]
     return "\n" + "\n\n".join(filter(None, parts))
 

@@ -17,6 +17,11 @@ from benchmarks.workloads import Workload
 # On a CPU, new memory of this size comes from the kernel page by page: faults then rule every provider's time.
 LARGE_CPU_TENSOR = 30e6
 
+# What the CPU kernels are held to, in the geometric mean over the op's cases: how many times as fast as eager, and as
+# the faster of the peers at each case. Large tensors are exempt, as no kernel can win back the time of page faults.
+WANTED = {"forward": (2.5, 2), "training": (2.5, 2)}
+PEERS = ("F.silu", "compile")
+
 
 @dataclass
 class Cell:
@@ -288,6 +293,63 @@ def notes(rows: Sequence[Row]) -> str:
         others = f", and {more} more" if more else ""
         lines.append(f"n/a  {', '.join(names)}: {reason}  ({title}{others})")
     return "\n".join(lines)
+
+
+# ---- what the CPU kernels are held to
+
+
+def held_to(rows: Sequence[Row], names: Sequence[str], threads: int) -> str:
+    """The op's means on a CPU beside those wanted, all layouts and dtypes together; large tensors on further lines."""
+    rows = [r for r in rows if (r.level, r.device) == ("op", "cpu") and "ours" in names and r.seconds("ours")]
+    held, exempt = (
+        list(filter(None, (ratios([r for r in rows if (r.mode, r.large) == (mode, large)], names) for mode in WANTED)))
+        for large in (False, True)
+    )
+    if not held and not exempt:
+        return ""
+    where = f"on {threads} thread{'s' * (threads != 1)}"
+    head = f"Held to, {where}, tensors up to 30 MB:" if held else f"Held to nothing, {where}:"
+    return "\n".join([head, *(f"  {line}" for line in held + exempt)])
+
+
+def ratios(group: Sequence[Row], names: Sequence[str]) -> str:
+    """The line of one mode and size: ours against eager and the faster peer. Only what is held has a slowest case."""
+    if not group:
+        return ""
+    mode, large = group[0].mode, group[0].large
+    eager, peers = ([n for n in some if n in names] for some in (("eager",), PEERS))
+    wanted = (None, None) if large else WANTED[mode]
+    found = [mean_over_fastest(group, eager, wanted[0]), mean_over_fastest(group, peers, wanted[1])]
+    if not any(found):
+        return ""
+    title = f"{mode}, over 30 MB, where page faults rule" if large else mode
+    line = f"{title}, {len(group)} case{'s' * (len(group) != 1)}: {', '.join(filter(None, found))}"
+    return "; ".join(filter(None, [line, "" if large else slowest(group, peers)]))
+
+
+def over_fastest(row: Row, baselines: Sequence[str]) -> Optional[float]:
+    """How many times as fast ours is as the fastest of the baselines that were timed."""
+    return min(filter(None, (row.speedup(name) for name in baselines)), default=None)
+
+
+def mean_over_fastest(group: Sequence[Row], baselines: Sequence[str], wanted: Optional[float]) -> str:
+    """The geometric mean of that, with the names of the baselines that were timed, or nothing where none was."""
+    timed = [name for name in baselines if any(row.seconds(name) for row in group)]
+    if not timed:
+        return ""
+    mean = geometric_mean(filter(None, (over_fastest(row, timed) for row in group)))
+    named = f"the best of {' and '.join(timed)}" if len(timed) > 1 else timed[0]
+    return f"{times(mean)} {named}" + (f" ({wanted:g} wanted)" if wanted else "")
+
+
+def slowest(group: Sequence[Row], peers: Sequence[str]) -> str:
+    """Where ours gains least on the faster peer, or nothing where no peer was timed."""
+    compared = [row for row in group if over_fastest(row, peers)]
+    if not compared:
+        return ""
+    row = min(compared, key=lambda row: over_fastest(row, peers))
+    case = f"{row.workload.shape_text} {row.layout} {row.dtype}"
+    return f"slowest against it {times(over_fastest(row, peers))} at {case}"
 
 
 # ---- files

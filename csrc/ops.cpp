@@ -9,6 +9,10 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
   m.def(
       "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? pre_bias, "
       "Tensor? scale, Tensor? shift, ScalarType? out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
+  // y alone, on the CPU, for the common arguments: small calls are bound by what is passed and returned.
+  m.def(
+      "group_norm_act_inference(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
+      "Tensor y");
   // Gradients of what output_mask names: x, weight, bias, pre_bias, scale, shift. One not wanted has no elements.
   m.def(
       "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool silu, "
@@ -24,9 +28,9 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
 #endif
 
 static PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__,
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__,
                        "built_with_torch", LDM_FUSED_TORCH, "cuda", LDM_FUSED_CUDA, "cuda_archs", LDM_FUSED_CUDA_ARCHS,
-                       "cpu_isa", ldm_fused::cpu::isa());
+                       "cpu_isa", ldm_fused::cpu::isa(), "cpu_isas", ldm_fused::cpu::isas().c_str());
 }
 
 static PyMethodDef methods[] = {

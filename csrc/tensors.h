@@ -74,11 +74,10 @@ inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
 // A tensor of x's shape and strides.
 inline Tensor empty_like(const Tensor& x, ScalarType type) { return empty_strided(x.sizes(), x.strides(), type, x); }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  return empty_strided(sizes, strides, type, like);
+// A contiguous tensor of one or two dimensions.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, const Tensor& like) {
+  const int64_t strides[] = {sizes.size() == 2 ? sizes[1] : 1, 1};
+  return empty_strided(sizes, {strides, sizes.size()}, type, like);
 }
 
 // x itself where the kernels can walk it, else a contiguous copy.
@@ -110,13 +109,13 @@ inline Shape shape_of(const Tensor& x, int64_t num_groups) {
 
 // ---- Parameters -----------------------------------------------------------------------------------------------
 
-// Per-channel parameters on their way to the kernels: keeps contiguous copies alive where the kernels need them.
+// Per-channel parameters on their way to the kernels. The tensors must outlive it; copies that the kernels need of
+// those that are not contiguous it keeps itself.
 class Parameters {
  public:
   Parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& pre_bias,
              const OptionalTensor& scale, const OptionalTensor& shift)
       : x_(x) {
-    tensors_.reserve(5);
     STD_TORCH_CHECK((!scale || scale->dim() == 2) && (!shift || shift->dim() == 2),
                     "scale and shift must be of shape (N, C)");
     affine = {parameter(weight, "weight", false), parameter(bias, "bias", false), parameter(pre_bias, "pre_bias", true),
@@ -134,12 +133,16 @@ class Parameters {
                     name, " must have one element a channel (", channels, ")",
                     may_be_batched ? ", or be of shape (N, C)" : "");
     STD_TORCH_CHECK(same_device(*t, x_), name, " must be on x's device");
-    tensors_.push_back(t->is_contiguous() ? *t : torch::stable::contiguous(*t));
-    return {tensors_.back().data_ptr(), dtype_of(t->scalar_type(), name), batched ? channels : 0};
+    const Dtype dtype = dtype_of(t->scalar_type(), name), x_dtype = dtype_of(x_.scalar_type(), "x");
+    STD_TORCH_CHECK(dtype == x_dtype || (dtype == Dtype::float32 && size_of(x_dtype) == 2), name,
+                    " must have x's dtype, or float32 beside an x of 16 bits");
+    if (t->is_contiguous()) return {t->data_ptr(), dtype, batched ? channels : 0};
+    copies_.push_back(torch::stable::contiguous(*t));
+    return {copies_.back().data_ptr(), dtype, batched ? channels : 0};
   }
 
   const Tensor& x_;
-  std::vector<Tensor> tensors_;
+  std::vector<Tensor> copies_;
 };
 
 // ---- Calls ----------------------------------------------------------------------------------------------------
@@ -150,19 +153,21 @@ struct ForwardCall {
   Parameters parameters;
   Shape shape;
   Dtype x_dtype, y_dtype;
-  Tensor y, mean, rstd;  // mean and rstd are (N, G)
+  Tensor y, mean, rstd;  // mean and rstd are (N, G), or undefined where nobody wants them
 
   ForwardCall(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
               const OptionalTensor& pre_bias, const OptionalTensor& scale, const OptionalTensor& shift,
-              std::optional<ScalarType> out_dtype)
+              std::optional<ScalarType> out_dtype, bool keeps_statistics = true)
       : x(dense(input)), parameters(x, weight, bias, pre_bias, scale, shift), shape(shape_of(x, num_groups)) {
     const ScalarType type = x.scalar_type(), out_type = out_dtype.value_or(type);
     x_dtype = dtype_of(type, "x");
     y_dtype = dtype_of(out_type, "out_dtype");
     check_pair(type, out_type, "out_dtype");
     y = empty_like(x, out_type);
-    mean = empty({shape.batch, shape.groups}, accumulate_type(type), x);
-    rstd = empty({shape.batch, shape.groups}, accumulate_type(type), x);
+    if (!keeps_statistics) return;
+    const int64_t per_group[] = {shape.batch, shape.groups};
+    mean = empty(per_group, accumulate_type(type), x);
+    rstd = empty(per_group, accumulate_type(type), x);
     if (is_empty()) {
       torch::stable::zero_(mean);
       torch::stable::zero_(rstd);
@@ -207,7 +212,7 @@ struct BackwardCall {
     }
     STD_TORCH_CHECK(output_mask.size() == 6, "output_mask must have 6 elements, got ", output_mask.size());
     wants_dx = output_mask[0];
-    dx = wants_dx ? empty_like(x, type) : empty({0}, type, x);
+    dx = wants_dx ? empty_like(x, type) : empty(kNone, type, x);
     gradients.weight = gradient(weight, output_mask[1], dweight);
     gradients.bias = gradient(bias, output_mask[2], dbias);
     gradients.pre_bias = gradient(pre_bias, output_mask[3], dpre_bias);
@@ -222,13 +227,15 @@ struct BackwardCall {
   }
 
  private:
+  static constexpr int64_t kNone[] = {0};  // the size of an output that is not wanted
+
   Gradient gradient(const OptionalTensor& parameter, bool wanted, Tensor& out) {
     if (!parameter || !wanted) {
-      out = empty({0}, x.scalar_type(), x);
+      out = empty(kNone, x.scalar_type(), x);
       return {};
     }
     const auto sizes = parameter->sizes();
-    out = empty(std::vector<int64_t>(sizes.begin(), sizes.end()), parameter->scalar_type(), x);
+    out = empty(sizes, parameter->scalar_type(), x);
     if (is_empty()) torch::stable::zero_(out);
     return {out.data_ptr(), dtype_of(parameter->scalar_type(), "parameter"), sizes.size() == 2 ? shape.channels : 0};
   }

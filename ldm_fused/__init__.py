@@ -22,13 +22,15 @@ def build_info() -> dict:
 
     Returns:
         ``version``; ``built_with_torch`` and ``torch`` (the one running); ``compiler``; ``cpu_isa``, the instruction
-        set that the CPU kernels use here; ``cuda``, the toolkit's version, or None in a build without CUDA kernels;
-        ``cuda_archs``, a list such as ``["8.0", "9.0"]``.
+        set that the CPU kernels use here, and ``cpu_isas``, a list of those that they could use on this processor (the
+        environment variable ``LDM_FUSED_CPU_ISA`` chooses one); ``cuda``, the toolkit's version, or None in a build
+        without CUDA kernels; ``cuda_archs``, a list such as ``["8.0", "9.0"]``.
     """
     import torch
 
     info = ops._C.build_info()
     info["torch"] = torch.__version__
+    info["cpu_isas"] = info["cpu_isas"].split(";")
     info["cuda"] = info["cuda"] or None
     info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(";") if arch]
     return info

@@ -79,6 +79,10 @@ def group_norm_act(
     if has_torch_function(tensors):
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
                                      pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
+    if pre_bias is None and scale is None and shift is None and dropout_p == 0.0:
+        y = _small_call(x, num_groups, weight, bias, eps, activation)
+        if y is not None:
+            return y
     out_dtype = None
     if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):
         # F.group_norm is one of the ops that CUDA autocast runs in float32.
@@ -92,6 +96,27 @@ def group_norm_act(
     if not 0 <= _number(dropout_p, "dropout_p") <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     return F.dropout(run(a), dropout_p)
+
+
+def _small_call(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
+    """The op on a CPU where nothing has to be differentiated, or None where that is not so.
+
+    The checks of :func:`checked` cost as much as a small tensor's GroupNorm. So here the op itself refuses whatever they
+    refuse, and they are made only then, to say what is wrong.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
+        return None
+    if type(num_groups) is not int or type(eps) is not float or activation not in _ACTIVATIONS:
+        return None
+    if ops.in_transform() or torch.jit.is_tracing():
+        return None
+    try:
+        if torch.is_grad_enabled() and (x.requires_grad or weight is not None and weight.requires_grad
+                                        or bias is not None and bias.requires_grad):
+            return None
+        return ops.group_norm_act_inference(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation])
+    except Exception:
+        return None
 
 
 def run(a: ops.Arguments) -> Tensor:
@@ -154,7 +179,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     batch, channels = shape[0], shape[1]
-    if batch * channels // num_groups * math.prod(shape[2:]) == 1:
+    if batch * channels // num_groups == 1 and math.prod(shape[2:]) == 1:
         raise ValueError(f"x must have more than 1 value per group, got {list(shape)} and num_groups={num_groups}")
     if channels % num_groups:
         raise RuntimeError(f"num_groups must divide the number of channels of x, got num_groups={num_groups} and shape "
@@ -175,7 +200,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
         _check_parameter(scale, "scale", dtype, device, None, (batch, channels))
     if shift is not None:
         _check_parameter(shift, "shift", dtype, device, None, (batch, channels))
-    if not torch.compiler.is_compiling() and 0 in shape:  # torch releases differ in which empty tensors they refuse
+    if 0 in shape and not torch.compiler.is_compiling():  # torch releases differ in which empty tensors they refuse
         F.group_norm(x, num_groups, weight, bias, eps)
     return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
 

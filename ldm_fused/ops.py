@@ -4,6 +4,7 @@ The kernels are registered by the binary (csrc/ops.cpp has the schemas). :mod:`l
 users come through.
 """
 
+import os
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import NamedTuple, Optional, Sequence
@@ -24,8 +25,14 @@ except ImportError as error:
 
 group_norm_act = torch.ops.ldm_fused.group_norm_act.default
 group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
+# Without a fake kernel, so that whatever is no plain CPU tensor is refused.
+group_norm_act_inference = torch.ops.ldm_fused.group_norm_act_inference.default
 
 HAS_CUDA = bool(_C.build_info()["cuda"])
+
+if os.environ.get("LDM_FUSED_CPU_ISA", "") not in ("", *_C.build_info()["cpu_isas"].split(";")):
+    raise ImportError(f"LDM_FUSED_CPU_ISA is '{os.environ['LDM_FUSED_CPU_ISA']}', and this processor has "
+                      f"{_C.build_info()['cpu_isas'].replace(';', ', ')}.")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

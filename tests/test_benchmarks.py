@@ -141,6 +141,73 @@ def test_geometric_mean():
     assert report.geometric_mean([]) is None
 
 
+# ---- what the CPU kernels are held to
+
+
+def timed(shape, dtype="float32", *, mode="forward", layout="contiguous", level="op", device="cpu", **seconds):
+    """A row whose providers took so many seconds; `silu` is F.silu."""
+    itemsize = getattr(torch, dtype).itemsize
+    row = report.Row(workloads.Workload("custom", shape), level, mode, layout, dtype, itemsize, device)
+    for name, value in seconds.items():
+        timing = measure.Timing(wall=measure.Measurement(1, [value], None))
+        row.cells["F.silu" if name == "silu" else name] = report.Cell(timing=timing)
+    return row
+
+
+SMALL, OTHER = (2, 32, 4, 4), (1, 64, 8, 8)
+
+
+def test_held_to_takes_the_faster_peer_of_each_row_and_names_the_slowest():
+    rows = [
+        timed(SMALL, eager=2.0, silu=4.0, compile=8.0, ours=1.0),
+        timed(OTHER, "bfloat16", layout="channels_last", eager=16.0, silu=6.0, compile=2.0, ours=2.0),
+        timed(OTHER, eager=6.0, silu=8.0, compile=6.0, ours=3.0),  # 2x eager and compile
+        timed(SMALL, mode="training", eager=3.0, silu=2.0, compile=1.5, ours=1.0),
+        timed(SMALL, level="block", eager=900.0, silu=900.0, compile=900.0, ours=1.0),
+        timed(SMALL, device="cuda", eager=900.0, silu=900.0, compile=900.0, ours=1.0),
+        timed(SMALL, eager=900.0, silu=900.0, compile=900.0),  # ours was wrong, and so not timed
+    ]
+    assert report.held_to(rows, workloads.PROVIDERS, 1).split("\n") == [
+        "Held to, on 1 thread, tensors up to 30 MB:",
+        "  forward, 3 cases: 3.17x eager (2.5 wanted), 2.00x the best of F.silu and compile (2 wanted); "  # 32 ** (1/3)
+        "slowest against it 1.00x at 1x64x8x8 channels_last bfloat16",
+        "  training, 1 case: 3.00x eager (2.5 wanted), 1.50x the best of F.silu and compile (2 wanted); "
+        "slowest against it 1.50x at 2x32x4x4 contiguous float32",
+    ]
+
+
+def test_held_to_has_large_tensors_apart_and_wants_nothing_of_them():
+    just_small = timed((1, 32, 15, 15625), mode="training", eager=5.0, silu=3.0, compile=4.0, ours=1.0)
+    large = [
+        timed((1, 32, 15, 15626), eager=1.0, silu=2.0, compile=1.0, ours=1.0),
+        timed((1, 32, 30, 15626), "bfloat16", eager=4.0, silu=2.25, compile=3.0, ours=1.0),
+    ]
+    exempt = "  forward, over 30 MB, where page faults rule, 2 cases: 2.00x eager, 1.50x the best of F.silu and compile"
+    assert report.held_to([*large, just_small], workloads.PROVIDERS, 2).split("\n") == [
+        "Held to, on 2 threads, tensors up to 30 MB:",
+        "  training, 1 case: 5.00x eager (2.5 wanted), 3.00x the best of F.silu and compile (2 wanted); "
+        "slowest against it 3.00x at 1x32x15x15625 contiguous float32",
+        exempt,
+    ]
+    assert report.held_to(large, workloads.PROVIDERS, 2) == f"Held to nothing, on 2 threads:\n{exempt}"
+
+
+def test_held_to_names_only_what_was_timed():
+    without_compile = timed(SMALL, eager=4.0, silu=3.0, ours=1.0)
+    without_compile.cells["compile"] = report.Cell(reason="no working C++ compiler")
+    end = "x F.silu (2 wanted); slowest against it 3.00x at 2x32x4x4 contiguous float32"
+
+    def line(names, row=without_compile):
+        return report.held_to([row], names, 1).partition("\n  ")[2]
+
+    assert line(workloads.PROVIDERS) == f"forward, 1 case: 4.00x eager (2.5 wanted), 3.00{end}"
+    assert line(["F.silu", "compile", "ours"]) == f"forward, 1 case: 3.00{end}"
+    assert line(["eager", "ours"]) == "forward, 1 case: 4.00x eager (2.5 wanted)"
+    assert line(["ours"]) == line(["eager", "F.silu", "compile"]) == ""
+    assert report.held_to([timed(SMALL, eager=4.0, silu=3.0)], workloads.PROVIDERS, 1) == ""
+    assert report.held_to([], workloads.PROVIDERS, 1) == ""
+
+
 # ---- the command
 
 
@@ -220,6 +287,41 @@ def test_the_overview_ends_in_time_and_says_what_it_left_out(capsys, monkeypatch
     monkeypatch.setattr("benchmarks.cases.OVERVIEW", 0)
     assert bench_fused.main([*TINY[:-2], *UNCOMPILED, "--op", "--forward"]) == 0
     assert "2 of 2 cases left out" in capsys.readouterr().out
+
+
+def test_what_the_kernels_are_held_to_ends_the_output(capsys, monkeypatch):
+    assert bench("--op", "--layout", "both") == 0
+    head, forward, training = capsys.readouterr().out.rstrip().split("\n")[-3:]
+    assert head == "Held to, on 1 thread, tensors up to 30 MB:"
+    assert forward.startswith("  forward, 2 cases: ") and training.startswith("  training, 2 cases: ")
+
+    args = bench_fused.parser().parse_args([*TINY[:-2], "--suite", "seed", "--op", "--budget", "0"])
+    bench_fused.complete(args, torch)
+    rows = [timed(SMALL, eager=4.0, ours=1.0)]  # one of many, so that the summary also says how many are missing
+    *_, left_out, held = cases.summary(rows, args).split("\n\n")
+    assert "cases left out" in left_out and held == report.held_to(rows, workloads.PROVIDERS, 1)
+
+
+def test_tensors_over_max_mb_are_left_out(tmp_path, capsys):
+    def chosen(*options):
+        args = bench_fused.parser().parse_args(["--suite", "all", "--layout", "both", *options])
+        bench_fused.complete(args, torch)
+        return cases.chosen(args)
+
+    dtypes = ["--dtype", "float32,bfloat16"]
+    everything, small = chosen(*dtypes), chosen(*dtypes, "--max-mb", "30")
+    assert 0 < len(small) < len(everything)
+    assert [r.title for r in small] == [r.title for r in everything if r.bytes <= 30e6]
+    exact = ["--shape", "2,32,4,4", "--max-mb", "0.004096"]  # float32 has just that, bfloat16 half of it
+    assert len(chosen("--op", "--forward", *exact)) == 2
+
+    options = ["--op", "--forward", "--shape", "2,32,8,8", "--max-mb", 0.005, "--json", tmp_path / "r.json"]
+    assert bench(*options) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["chosen"] == 1 and [r["shape"] for r in found["results"]] == [[2, 32, 4, 4]]
+    assert "left out" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nothing to run: .* --max-mb"):
+        bench("--max-mb", 0.004)
 
 
 def test_a_budget_lets_the_suites_take_turns(tmp_path, capsys):

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -19,13 +20,13 @@ namespace ldm_fused {
 namespace cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;       // elements that both steps of the statistics find in the first-level cache
-constexpr int64_t kTile = 32768;       // elements that one call of a kernel walks
-constexpr int64_t kPixels = 65536;     // elements of the pixels that one call of a kernel walks twice
-constexpr int64_t kTogether = 8192;    // elements of small parts that go through each step together
-constexpr int64_t kNear = 131072;      // elements of a group that the second-level cache holds twice
-constexpr int64_t kGrain = 16384;      // elements worth a thread
-constexpr int64_t kKept = 4194304;    // elements of a part of which dz is kept from the sums to the input gradient
+constexpr int64_t kChunk = 4096;     // elements that both steps of the statistics find in the first-level cache
+constexpr int64_t kTile = 32768;     // elements that one call of a kernel walks
+constexpr int64_t kPixels = 65536;   // elements of the pixels that one call of a kernel walks twice
+constexpr int64_t kTogether = 8192;  // elements of small parts that go through each step together
+constexpr int64_t kNear = 262144;    // bytes of a group that the second-level cache holds beside the next one
+constexpr int64_t kGrain = 16384;    // elements worth a thread
+constexpr int64_t kKept = 4194304;   // elements of a part of which dz is kept from the sums to the input gradient
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -34,27 +35,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
-// The best that the processor has and LDM_FUSED_CPU_ISA, if set, allows.
+// The best that the processor has; it has those before, too.
 Isa best_isa() {
-  Isa best = Isa::baseline;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    best = Isa::avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
     }
+    return Isa::avx2;
   }
 #endif
-  const char* wanted = std::getenv("LDM_FUSED_CPU_ISA");
-  for (Isa isa = Isa::baseline; wanted && isa < best; isa = Isa(int(isa) + 1)) {
-    if (std::strcmp(wanted, kIsaNames[int(isa)]) == 0) return isa;
-  }
-  return best;
+  return Isa::baseline;
 }
 
+// That one, or the lesser one that LDM_FUSED_CPU_ISA names. (ldm_fused/ops.py refuses other names.)
 Isa chosen_isa() {
-  static const Isa chosen = best_isa();
+  static const Isa chosen = [] {
+    const char* wanted = std::getenv("LDM_FUSED_CPU_ISA");
+    int isa = int(best_isa());
+    while (wanted && isa > 0 && std::strcmp(wanted, kIsaNames[isa]) != 0) --isa;
+    return wanted && *wanted ? Isa(isa) : best_isa();
+  }();
   return chosen;
 }
 
@@ -176,17 +178,19 @@ struct Tiles {
   int64_t count;
   int64_t ahead;  // what comes next: the next group, or what follows in one that no cache near the processor holds
 
-  Tiles(int64_t channels, int64_t spatial)
+  Tiles(int64_t channels, int64_t spatial, int64_t itemsize)
       : channels(channels),
         spatial(spatial),
         rows(channels, std::max<int64_t>(1, kTile / spatial)),
         pieces(spatial, kTile),
         count(rows.count * pieces.count),
-        ahead(channels * spatial <= kNear ? std::max(channels * spatial, kTogether) : 1024) {}
+        ahead(channels * spatial * itemsize <= kNear ? std::max(channels * spatial, kTogether) : 1024) {}
 
   Tile operator[](int64_t unit) const {
     const int64_t block = unit / pieces.count, piece = unit % pieces.count;
-    return {rows.begin(block), piece, {rows.extent(block), pieces.extent(piece), spatial, ahead},
+    return {rows.begin(block),
+            piece,
+            {rows.extent(block), pieces.extent(piece), spatial, ahead},
             rows.begin(block) * spatial + pieces.begin(piece)};
   }
 };
@@ -322,7 +326,7 @@ struct Forward {
     const int64_t in_group = shape.channels_per_group(), group_size = in_group * shape.spatial;
     const int64_t runs = affine.pre_bias.data ? in_group : 1;
     const Chunks chunks(group_size / runs, kChunk);
-    const Tiles tiles(in_group, shape.spatial);
+    const Tiles tiles(in_group, shape.spatial, sizeof(X));
     const int64_t units = runs * chunks.count;
     const Buffer<Moments> partials(shape.batch * shape.groups * units);
     two_passes<A>(
@@ -355,7 +359,8 @@ struct Forward {
   void columns() const {
     const int64_t sample_size = shape.channels * shape.spatial;
     const Chunks pixels = pixel_chunks(shape);
-    const Buffer<A> means(shape.batch * pixels.count * shape.channels), m2s(shape.batch * pixels.count * shape.channels);
+    const Buffer<A> means(shape.batch * pixels.count * shape.channels),
+        m2s(shape.batch * pixels.count * shape.channels);
     AffineTable<A> table(shape);
     two_passes<A>(
         {shape.batch, sample_size, pixels.count, pixels.count, 0},
@@ -456,7 +461,7 @@ struct Backward {
   // Parts are groups.
   void rows() {
     const int64_t in_group = shape.channels_per_group(), group_size = in_group * shape.spatial;
-    const Tiles tiles(in_group, shape.spatial);
+    const Tiles tiles(in_group, shape.spatial, sizeof(X));
     const Buffer<GradientSums<double>> partials(shape.rows() * tiles.pieces.count);
     const auto maps = [&](int64_t group, const Tiles::Tile& tile) {
       const int64_t n = group / shape.groups, c = group % shape.groups * in_group + tile.channel;
@@ -467,8 +472,10 @@ struct Backward {
         [&](int64_t group, int64_t unit, A* scratch) {
           const Tiles::Tile tile = tiles[unit];
           const int64_t at = group * group_size + tile.at;
+          GradientSums<double>* sums = partials.data() + tile.piece * shape.rows() + group * in_group + tile.channel;
           kernel.rows_sums(x + at, dy + at, kept(group, group_size, scratch, tile.at), tile.rows, maps(group, tile),
-                           silu, partials.data() + tile.piece * shape.rows() + group * in_group + tile.channel);
+                           silu, sums);
+          if (gradients.pre_bias.data) kernel.rows_sum_x(x + at, tile.rows, maps(group, tile), sums);
         },
         [&](int64_t group) {
           for (int64_t row = group * in_group; row < (group + 1) * in_group; ++row) {
@@ -501,13 +508,18 @@ struct Backward {
           const int64_t offset = pixels.begin(k) * shape.channels, at = n * sample_size + offset;
           A* sums = partials.data() + 3 * (n * pixels.count + k) * shape.channels;
           kernel.columns_sums(x + at, dy + at, kept(n, sample_size, scratch, offset), pixels.extent(k), shape.channels,
-                              table.sample(n), silu, sums, sums + shape.channels, sums + 2 * shape.channels);
+                              table.sample(n), silu, sums, sums + shape.channels);
+          if (gradients.pre_bias.data) {
+            kernel.columns_sum_x(x + at, pixels.extent(k), shape.channels, table.sample(n).center,
+                                 sums + 2 * shape.channels);
+          }
         },
         [&](int64_t n) {
           std::vector<double> sums(3 * shape.channels);
+          const int64_t wanted = (gradients.pre_bias.data ? 3 : 2) * shape.channels;
           for (int64_t k = 0; k < pixels.count; ++k) {
             const A* partial = partials.data() + 3 * (n * pixels.count + k) * shape.channels;
-            for (int64_t i = 0; i < 3 * shape.channels; ++i) sums[i] += double(partial[i]);
+            for (int64_t i = 0; i < wanted; ++i) sums[i] += double(partial[i]);
           }
           for (int64_t c = 0; c < shape.channels; ++c) {
             dz[n * shape.channels + c] = A(sums[c]);
@@ -557,28 +569,44 @@ struct Backward {
 
 // ---- Ops ------------------------------------------------------------------------------------------------------
 
+void run(const ForwardCall& call, double eps, bool silu) {
+  if (call.is_empty()) return;
+  dispatch_pair(call.x_dtype, call.y_dtype, [&](auto x_type, auto y_type) {
+    using X = decltype(x_type);
+    using Y = decltype(y_type);
+    using A = Accumulate<X>;
+    const int64_t groups = call.shape.batch * call.shape.groups;
+    const bool kept = call.mean.defined();
+    const Buffer<A> own(kept ? 0 : 2 * groups);
+    const Forward<X, Y> forward{call.shape,
+                                call.parameters.affine,
+                                static_cast<const X*>(call.x.data_ptr()),
+                                static_cast<Y*>(call.y.data_ptr()),
+                                kept ? static_cast<A*>(call.mean.data_ptr()) : own.data(),
+                                kept ? static_cast<A*>(call.rstd.data_ptr()) : own.data() + groups,
+                                eps,
+                                silu};
+    walks_columns(call.shape) ? forward.columns() : forward.rows();
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                                   const OptionalTensor& bias, double eps, bool silu,
                                                   const OptionalTensor& pre_bias, const OptionalTensor& scale,
                                                   const OptionalTensor& shift, std::optional<ScalarType> out_dtype) {
-  ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
-  if (!call.is_empty()) {
-    dispatch_pair(call.x_dtype, call.y_dtype, [&](auto x_type, auto y_type) {
-      using X = decltype(x_type);
-      using Y = decltype(y_type);
-      using A = Accumulate<X>;
-      const Forward<X, Y> forward{call.shape,
-                                  call.parameters.affine,
-                                  static_cast<const X*>(call.x.data_ptr()),
-                                  static_cast<Y*>(call.y.data_ptr()),
-                                  static_cast<A*>(call.mean.data_ptr()),
-                                  static_cast<A*>(call.rstd.data_ptr()),
-                                  eps,
-                                  silu};
-      walks_columns(call.shape) ? forward.columns() : forward.rows();
-    });
-  }
+  const ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
+  run(call, eps, silu);
   return {call.y, call.mean, call.rstd};
+}
+
+// Refuses all that functional.checked() in Python does (empty tensors too, which it asks PyTorch about).
+Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                                const OptionalTensor& bias, double eps, bool silu) {
+  const ForwardCall call(x, num_groups, weight, bias, {}, {}, {}, {}, false);
+  STD_TORCH_CHECK(call.shape.elements() > call.shape.batch * num_groups, "x must have more than 1 value per group");
+  STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
+  run(call, eps, silu);
+  return call.y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
@@ -611,10 +639,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
 
 const char* isa() { return kIsaNames[int(chosen_isa())]; }
 
+std::string isas() {
+  std::string names;
+  for (int isa = 0; isa <= int(best_isa()); ++isa) names += (isa ? ";" : "") + std::string(kIsaNames[isa]);
+  return names;
+}
+
 }  // namespace cpu
 }  // namespace ldm_fused
 
 STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CPU, m) {
   m.impl("group_norm_act", TORCH_BOX(&ldm_fused::cpu::group_norm_act));
+  m.impl("group_norm_act_inference", TORCH_BOX(&ldm_fused::cpu::group_norm_act_inference));
   m.impl("group_norm_act_backward", TORCH_BOX(&ldm_fused::cpu::group_norm_act_backward));
 }

@@ -5,6 +5,8 @@
 // and include kernels.inl, so that one binary, built anywhere, uses what the processor at hand has.
 #pragma once
 
+#include <string>
+
 #include "problem.h"
 
 namespace ldm_fused {
@@ -53,7 +55,8 @@ struct ColumnAffine {
 };
 
 // x, y, dy and dx begin at the first element of the first row or pixel, and so does `kept`: dz, written by the sums
-// and read in place of dy by the input gradient, or null. It may be dx itself.
+// and read in place of dy by the input gradient, or null. It may be dx itself. What pre_bias alone wants, the sum of x,
+// has a kernel of its own: x is in the cache.
 template <class X, class Y>
 struct Kernels {
   using A = Accumulate<X>;
@@ -62,6 +65,7 @@ struct Kernels {
   void (*rows_apply)(const X* x, Y* y, const Rows&, const GroupAffine<A>&, bool silu);
   void (*rows_sums)(const X* x, const Y* dy, A* kept, const Rows&, const GroupAffine<A>&, bool silu,
                     GradientSums<double>* sums);
+  void (*rows_sum_x)(const X* x, const Rows&, const GroupAffine<A>&, GradientSums<double>* sums);
   void (*rows_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, const Rows&, const GroupAffine<A>&,
                               const Projection<A>&, bool silu);
 
@@ -69,7 +73,8 @@ struct Kernels {
   void (*column_moments)(const X* x, int64_t pixels, int64_t channels, A* mean, A* m2);
   void (*columns_apply)(const X* x, Y* y, int64_t pixels, int64_t channels, const ColumnAffine<A>&, bool silu);
   void (*columns_sums)(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels, const ColumnAffine<A>&,
-                       bool silu, A* dz, A* dz_x, A* sum_x);
+                       bool silu, A* dz, A* dz_x);
+  void (*columns_sum_x)(const X* x, int64_t pixels, int64_t channels, const A* center, A* sum_x);
   void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, int64_t pixels, int64_t channels,
                                  const ColumnAffine<A>&, const A* k1, const A* k2, bool silu);
 };
@@ -93,7 +98,8 @@ template <class X, class Y>
 Kernels<X, Y> kernels();
 }
 
-const char* isa();  // the instruction set in use, by its name above
+const char* isa();   // the instruction set in use, by its name above
+std::string isas();  // those that this processor has, with semicolons between them
 
 }  // namespace cpu
 }  // namespace ldm_fused

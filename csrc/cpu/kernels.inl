@@ -24,10 +24,14 @@ struct Along {
 constexpr int kAhead = 4096;  // elements between what is at hand and what is prefetched, in a walk through memory
 constexpr int kInRow = 2, kPixels = kVectorBytes == 64 ? 4 : 2;  // vectors side by side, as registers last
 
-// Asks for K vectors, `stride` elements apart, that will be wanted soon. Any address will do.
+// Asks for K vectors, `stride` elements apart, that will be read or written soon. Any address will do.
 template <int K, class T>
 LDM_FUSED_INLINE void prefetch(const T* from, int64_t stride) {
   for (int k = 0; k < K; ++k) __builtin_prefetch(from + k * stride);
+}
+template <int K, class T>
+LDM_FUSED_INLINE void prefetch_to_write(T* to, int64_t stride) {
+  for (int k = 0; k < K; ++k) __builtin_prefetch(to + k * stride, 1);
 }
 
 // Of K vectors from element i on, `stride` elements apart.
@@ -144,54 +148,92 @@ void rows_apply(const X* x, Y* y, const Rows& rows, const GroupAffine<A>& affine
   }
 }
 
+// Sums of a row or of a piece of one, one a lane.
+template <class A>
+struct LaneSums {
+  Vector<A> dz, dz_x;
+};
+
 template <class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
-LDM_FUSED_INLINE GradientSums<double> sums_of_row(const X* x, const Y* dy, A* kept, const Rows& rows,
-                                                  const ChannelAffine<A>& affine) {
-  const int64_t n = rows.length;
+LDM_FUSED_INLINE LaneSums<A> sums_of_piece(const X* x, const Y* dy, A* kept, int64_t n, int64_t ahead,
+                                           const ChannelAffine<A>& affine) {
   constexpr int W = kLanes<A>;
   const SameForAll<A> center(affine.center), slope(affine.slope), offset(affine.offset);
-  GradientSums<double> sums{};
-  for (int64_t i = 0; i < n;) {
-    Pack<A, kInRow> dz{}, dz_x{}, sum_x{};
-    const int64_t end = n - i < kLongestSum * kInRow * W ? n : i + kLongestSum * kInRow * W;
-    for (; i + kInRow * W <= end; i += kInRow * W) {
-      prefetch<kInRow>(x + rows.ahead + i, W);
-      prefetch<kInRow>(dy + rows.ahead + i, W);
-      const auto d = derivative<kInRow, X, Y, Silu>(x, dy, W, i, center, slope, offset);
-      if (Keep) store(kept + i, W, d.dz);
-      dz = dz + d.dz;
-      dz_x = dz_x + d.dz * d.centered;
-      sum_x = sum_x + d.centered;
+  Pack<A, kInRow> dz{}, dz_x{};
+  int64_t i = 0;
+  for (; i + kInRow * W <= n; i += kInRow * W) {
+    prefetch<kInRow>(x + ahead + i, W);
+    prefetch<kInRow>(dy + ahead + i, W);
+    const auto d = derivative<kInRow, X, Y, Silu>(x, dy, W, i, center, slope, offset);
+    if (Keep) store(kept + i, W, d.dz);
+    dz = dz + d.dz;
+    dz_x = dz_x + d.dz * d.centered;
+  }
+  for (; i < n; i += W) {
+    const int count = n - i < W ? int(n - i) : W;
+    const auto d = count == W ? derivative<1, X, Y, Silu>(x, dy, W, i, center, slope, offset)
+                              : derivative_part<X, Y, Silu>(x, dy, i, count, center, slope, offset);
+    if (Keep) count == W ? store(kept + i, W, d.dz) : store_part<A>(kept + i, d.dz.v[0], count);
+    dz.v[0] += d.dz.v[0];
+    dz_x.v[0] += d.dz.v[0] * d.centered.v[0];
+  }
+  return {sum_of(dz), sum_of(dz_x)};
+}
+
+// Lanes are added up for several rows at once: a chain of additions at the end of each short row would keep the
+// processor from looking ahead to the next.
+template <class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
+LDM_FUSED_INLINE void sums_of_rows(const X* x, const Y* dy, A* kept, const Rows& rows, const GroupAffine<A>& affine,
+                                   GradientSums<double>* sums) {
+  constexpr int kTogether = 16;
+  constexpr int64_t kPiece = kLongestSum * kInRow * kLanes<A>;
+  LaneSums<A> pieces[kTogether];
+  int64_t row_of[kTogether];
+  int count = 0;
+  const auto add_up = [&] {
+    for (int i = 0; i < count; ++i) {
+      sums[row_of[i]].merge({double(sum_of<A>(pieces[i].dz)), double(sum_of<A>(pieces[i].dz_x)), 0});
     }
-    for (; i + W <= end; i += W) {
-      const auto d = derivative<1, X, Y, Silu>(x, dy, W, i, center, slope, offset);
-      if (Keep) store(kept + i, W, d.dz);
-      dz.v[0] += d.dz.v[0];
-      dz_x.v[0] += d.dz.v[0] * d.centered.v[0];
-      sum_x.v[0] += d.centered.v[0];
-    }
-    sums.merge({double(sum_of<A>(sum_of(dz))), double(sum_of<A>(sum_of(dz_x))), double(sum_of<A>(sum_of(sum_x)))});
-    for (; i < end; ++i) {  // not as a part: its lanes beyond the end are not zero in sum_x
-      const A centered = widen(x[i]) - affine.center;
-      const auto d = derivative_part<X, Y, Silu>(x, dy, i, 1, center, slope, offset);
-      if (Keep) kept[i] = d.dz.v[0][0];
-      sums.merge({double(d.dz.v[0][0]), double(d.dz.v[0][0] * centered), double(centered)});
+    count = 0;
+  };
+  for (int64_t row = 0; row < rows.count; ++row) {
+    sums[row] = {};
+    const ChannelAffine<A> channel = affine.channel(row);
+    for (int64_t i = 0; i < rows.length; i += kPiece) {
+      const int64_t at = row * rows.stride + i, left = rows.length - i;
+      pieces[count] = sums_of_piece<X, Y, Silu, Keep>(x + at, dy + at, Keep ? kept + at : kept,
+                                                      left < kPiece ? left : kPiece, rows.ahead, channel);
+      row_of[count++] = row;
+      if (count == kTogether) add_up();
     }
   }
-  return sums;
+  add_up();
 }
 
 template <class X, class Y, class A = Accumulate<X>>
 void rows_sums(const X* x, const Y* dy, A* kept, const Rows& rows, const GroupAffine<A>& affine, bool silu,
                GradientSums<double>* sums) {
-  for (int64_t row = 0; row < rows.count; ++row, x += rows.stride, dy += rows.stride) {
-    const ChannelAffine<A> channel = affine.channel(row);
-    if (!silu) {
-      sums[row] = sums_of_row<X, Y, false, false>(x, dy, kept, rows, channel);
-    } else if (kept == nullptr) {
-      sums[row] = sums_of_row<X, Y, true, false>(x, dy, kept, rows, channel);
-    } else {
-      sums[row] = sums_of_row<X, Y, true, true>(x, dy, kept + row * rows.stride, rows, channel);
+  if (!silu) {
+    sums_of_rows<X, Y, false, false>(x, dy, kept, rows, affine, sums);
+  } else if (kept == nullptr) {
+    sums_of_rows<X, Y, true, false>(x, dy, kept, rows, affine, sums);
+  } else {
+    sums_of_rows<X, Y, true, true>(x, dy, kept, rows, affine, sums);
+  }
+}
+
+template <class X, class A = Accumulate<X>>
+void rows_sum_x(const X* x, const Rows& rows, const GroupAffine<A>& affine, GradientSums<double>* sums) {
+  constexpr int W = kLanes<A>;
+  for (int64_t row = 0; row < rows.count; ++row, x += rows.stride) {
+    const A center = affine.channel(row).center;
+    for (int64_t i = 0; i < rows.length;) {
+      const int64_t end = i + W * kLongestSum < rows.length ? i + W * kLongestSum : rows.length;
+      Vector<A> sum{};
+      for (; i + W <= end; i += W) sum += load(x + i) - center;
+      if (i < end) sum += load_part<X>(x + i, int(end - i), center) - center;
+      sums[row].x += double(sum_of<A>(sum));
+      i = end;
     }
   }
 }
@@ -298,6 +340,7 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, int64_t channels, const Col
   int64_t c = 0;
   for (; c + W <= channels; c += W) {
     prefetch<K>(x + K * channels + c, channels);
+    prefetch_to_write<K>(y + K * channels + c, channels);
     apply<K, X, Y, Silu>(x, y, channels, c, center, slope, offset);
   }
   for (int k = 0; c < channels && k < K; ++k) {
@@ -322,7 +365,7 @@ void columns_apply(const X* x, Y* y, int64_t pixels, int64_t channels, const Col
 
 template <int K, class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
 LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, int64_t channels,
-                                         const ColumnAffine<A>& affine, A* dz, A* dz_x, A* sum_x) {
+                                         const ColumnAffine<A>& affine, A* dz, A* dz_x) {
   constexpr int W = kLanes<A>;
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
@@ -330,10 +373,10 @@ LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, int64
     prefetch<K>(x + K * channels + c, channels);
     prefetch<K>(dy + K * channels + c, channels);
     const auto d = derivative<K, X, Y, Silu>(x, dy, channels, c, center, slope, offset);
+    if (Keep) prefetch_to_write<K>(kept + K * channels + c, channels);
     if (Keep) store(kept + c, channels, d.dz);
     store(dz + c, load(dz + c) + sum_of(d.dz));
     store(dz_x + c, load(dz_x + c) + sum_of(d.dz * d.centered));
-    store(sum_x + c, load(sum_x + c) + sum_of(d.centered));
   }
   for (int k = 0; c < channels && k < K; ++k) {
     const int64_t at = k * channels;
@@ -342,34 +385,41 @@ LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, int64
     if (Keep) store_part<A>(kept + at + c, d.dz.v[0], rest);
     store_part<A>(dz + c, load_part<A>(dz + c, rest, 0) + d.dz.v[0], rest);
     store_part<A>(dz_x + c, load_part<A>(dz_x + c, rest, 0) + d.dz.v[0] * d.centered.v[0], rest);
-    store_part<A>(sum_x + c, load_part<A>(sum_x + c, rest, 0) + d.centered.v[0], rest);
   }
 }
 
 template <class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
 LDM_FUSED_INLINE void sums_of_columns(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels,
-                                      const ColumnAffine<A>& affine, A* dz, A* dz_x, A* sum_x) {
+                                      const ColumnAffine<A>& affine, A* dz, A* dz_x) {
   const auto step = [channels, &x, &dy, &kept](int count) {
     x += count * channels, dy += count * channels, kept += Keep ? count * channels : 0;
   };
   for (; pixels >= kPixels; pixels -= kPixels, step(kPixels)) {
-    add_sums_of_pixels<kPixels, X, Y, Silu, Keep>(x, dy, kept, channels, affine, dz, dz_x, sum_x);
+    add_sums_of_pixels<kPixels, X, Y, Silu, Keep>(x, dy, kept, channels, affine, dz, dz_x);
   }
   for (; pixels > 0; --pixels, step(1)) {
-    add_sums_of_pixels<1, X, Y, Silu, Keep>(x, dy, kept, channels, affine, dz, dz_x, sum_x);
+    add_sums_of_pixels<1, X, Y, Silu, Keep>(x, dy, kept, channels, affine, dz, dz_x);
   }
 }
 
 template <class X, class Y, class A = Accumulate<X>>
 void columns_sums(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels, const ColumnAffine<A>& affine,
-                  bool silu, A* dz, A* dz_x, A* sum_x) {
-  for (int64_t c = 0; c < channels; ++c) dz[c] = dz_x[c] = sum_x[c] = 0;
+                  bool silu, A* dz, A* dz_x) {
+  for (int64_t c = 0; c < channels; ++c) dz[c] = dz_x[c] = 0;
   if (!silu) {
-    sums_of_columns<X, Y, false, false>(x, dy, kept, pixels, channels, affine, dz, dz_x, sum_x);
+    sums_of_columns<X, Y, false, false>(x, dy, kept, pixels, channels, affine, dz, dz_x);
   } else if (kept == nullptr) {
-    sums_of_columns<X, Y, true, false>(x, dy, kept, pixels, channels, affine, dz, dz_x, sum_x);
+    sums_of_columns<X, Y, true, false>(x, dy, kept, pixels, channels, affine, dz, dz_x);
   } else {
-    sums_of_columns<X, Y, true, true>(x, dy, kept, pixels, channels, affine, dz, dz_x, sum_x);
+    sums_of_columns<X, Y, true, true>(x, dy, kept, pixels, channels, affine, dz, dz_x);
+  }
+}
+
+template <class X, class A = Accumulate<X>>
+void columns_sum_x(const X* x, int64_t pixels, int64_t channels, const A* center, A* sum_x) {
+  for (int64_t c = 0; c < channels; ++c) sum_x[c] = 0;
+  for (int64_t p = 0; p < pixels; ++p, x += channels) {
+    for (int64_t c = 0; c < channels; ++c) sum_x[c] += widen(x[c]) - center[c];
   }
 }
 
@@ -382,6 +432,7 @@ LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, X* dx, i
   for (; c + W <= channels; c += W) {
     prefetch<K>(x + K * channels + c, channels);
     prefetch<K>(dy + K * channels + c, channels);
+    prefetch_to_write<K>(dx + K * channels + c, channels);
     input_gradient<K, X, Y, Silu>(x, dy, dx, channels, c, center, slope, offset, first, second);
   }
   for (int k = 0; c < channels && k < K; ++k) {
@@ -421,8 +472,8 @@ void columns_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, int64
 
 template <class X, class Y>
 Kernels<X, Y> kernels() {
-  return {row_moments<X>,    rows_apply<X, Y>,    rows_sums<X, Y>,    rows_input_gradient<X, Y>,
-          column_moments<X>, columns_apply<X, Y>, columns_sums<X, Y>, columns_input_gradient<X, Y>};
+  return {row_moments<X>,    rows_apply<X, Y>,    rows_sums<X, Y>,    rows_sum_x<X>,    rows_input_gradient<X, Y>,
+          column_moments<X>, columns_apply<X, Y>, columns_sums<X, Y>, columns_sum_x<X>, columns_input_gradient<X, Y>};
 }
 
 #ifndef LDM_FUSED_AVX512_BF16

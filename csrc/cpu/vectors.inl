@@ -125,16 +125,16 @@ LDM_FUSED_INLINE void store_part<float>(float* to, FloatVector v, int count) {
   _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
 }
 
-#define LDM_FUSED_SHORT_PARTS(T)                                                                          \
-  template <>                                                                                             \
-  LDM_FUSED_INLINE FloatVector load_part<T>(const T* from, int count, float fill) {                       \
-    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), from);                              \
-    const __m512 wide = (__m512)widen_all((ShortVector)bits, T{});                                        \
-    return (FloatVector)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(count), wide);               \
-  }                                                                                                       \
-  template <>                                                                                             \
-  LDM_FUSED_INLINE void store_part<T>(T* to, FloatVector v, int count) {                                  \
-    _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)narrow_all(v, T{}));                        \
+#define LDM_FUSED_SHORT_PARTS(T)                                                            \
+  template <>                                                                               \
+  LDM_FUSED_INLINE FloatVector load_part<T>(const T* from, int count, float fill) {         \
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), from);                \
+    const __m512 wide = (__m512)widen_all((ShortVector)bits, T{});                          \
+    return (FloatVector)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(count), wide); \
+  }                                                                                         \
+  template <>                                                                               \
+  LDM_FUSED_INLINE void store_part<T>(T * to, FloatVector v, int count) {                   \
+    _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)narrow_all(v, T{}));          \
   }
 LDM_FUSED_SHORT_PARTS(Half)
 LDM_FUSED_SHORT_PARTS(BFloat16)
@@ -164,21 +164,21 @@ struct Pack {
   Vector<A> v[K];
 };
 
-#define LDM_FUSED_PACK_OPERATOR(op)                                                   \
-  template <class A, int K>                                                           \
-  LDM_FUSED_INLINE Pack<A, K> operator op(Pack<A, K> a, const Pack<A, K>& b) {        \
-    for (int k = 0; k < K; ++k) a.v[k] = a.v[k] op b.v[k];                            \
-    return a;                                                                         \
-  }                                                                                   \
-  template <class A, int K>                                                           \
+#define LDM_FUSED_PACK_OPERATOR(op)                                                         \
+  template <class A, int K>                                                                 \
+  LDM_FUSED_INLINE Pack<A, K> operator op(Pack<A, K> a, const Pack<A, K>& b) {              \
+    for (int k = 0; k < K; ++k) a.v[k] = a.v[k] op b.v[k];                                  \
+    return a;                                                                               \
+  }                                                                                         \
+  template <class A, int K>                                                                 \
   LDM_FUSED_INLINE Pack<A, K> operator op(Pack<A, K> a, typename Same<Vector<A>>::type b) { \
-    for (int k = 0; k < K; ++k) a.v[k] = a.v[k] op b;                                 \
-    return a;                                                                         \
-  }                                                                                   \
-  template <class A, int K>                                                           \
+    for (int k = 0; k < K; ++k) a.v[k] = a.v[k] op b;                                       \
+    return a;                                                                               \
+  }                                                                                         \
+  template <class A, int K>                                                                 \
   LDM_FUSED_INLINE Pack<A, K> operator op(typename Same<Vector<A>>::type a, Pack<A, K> b) { \
-    for (int k = 0; k < K; ++k) b.v[k] = a op b.v[k];                                 \
-    return b;                                                                         \
+    for (int k = 0; k < K; ++k) b.v[k] = a op b.v[k];                                       \
+    return b;                                                                               \
   }
 template <class T>
 struct Same {  // keeps an argument out of template deduction
@@ -224,10 +224,10 @@ LDM_FUSED_INLINE FloatVector clamped(FloatVector v, float low, float high) {
 #endif
 }
 
-// 1 + e^-u, which is all that the activation wants of an exponential: infinite where e^-u is, 1 where e^-u < 2^-125; NaN
-// passes. e^-u = 2^n * e^r with |r| <= ln 2 / 2, and e^r by the polynomial of degree 6 that begins with 1 + r and whose
-// largest relative error is least (3.1e-9, a twentieth of half a unit in the last place). Its terms are paired so that
-// few operations wait for each other: the chain from u to the result takes longer than their number.
+// 1 + e^-u, which is all that the activation wants of an exponential: infinite where e^-u is, 1 where e^-u < 2^-125;
+// NaN passes. e^-u = 2^n * e^r with |r| <= ln 2 / 2, and e^r by the polynomial of degree 6 that begins with 1 + r and
+// whose largest relative error is least (3.1e-9, a twentieth of half a unit in the last place). Its terms are paired so
+// that few operations wait for each other: the chain from u to the result takes longer than their number.
 template <int K>
 LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) {
   // 1.5 * 2^23 rounds to whole numbers what is added to it, and has them in its lowest bits: with 126 on top, those of
