@@ -1,6 +1,7 @@
 """The binary: what it says of itself, instruction sets, threads, large tensors, and a tree without it."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_build_info():
     info = ldm_fused.build_info()
     assert info["version"] == ldm_fused.__version__ and info["torch"] == torch.__version__
     assert (info["cuda"] is None) == (info["cuda_archs"] == [])
-    assert info["cpu_isa"] in ("baseline", "avx2")
+    assert info["cpu_isa"] in info["cpu_isas"] and info["cpu_isas"][0] == "baseline"
 
 
 def test_a_tree_without_its_binary_says_how_to_build_it(tmp_path):
@@ -37,24 +38,43 @@ def test_a_tree_without_its_binary_says_how_to_build_it(tmp_path):
     assert last.startswith("ImportError: ldm_fused is not built yet: run `make build`"), result.stderr
 
 
-OP = """
-import torch, oracle
-for layout in ("contiguous", "channels_last"):
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        case = oracle.make_case((2, 20, 19, 23), 2, dtype, layout)
-        y, mean, rstd = torch.ops.ldm_fused.group_norm_act(*case.arguments())
-        gradients = torch.ops.ldm_fused.group_norm_act_backward(
-            case.dy, case.x, mean, rstd, case.weight, case.bias, True, case.pre_bias, case.scale, case.shift,
-            [True] * 6)
-        oracle.assert_within_bound(case, {"y": y, **dict(zip(oracle.GRADIENTS, gradients))})
-"""
+@pytest.mark.parametrize("name", ["AVX2", "avx", "baseline,avx2"])
+def test_an_instruction_set_that_there_is_not_is_refused_with_those_there_are(name):
+    result = run_python("import ldm_fused", LDM_FUSED_CPU_ISA=name)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode != 0 and last.startswith("ImportError: ") and last.endswith("."), result.stderr
+    for said in ("LDM_FUSED_CPU_ISA", f"'{name}'", ", ".join(ldm_fused.build_info()["cpu_isas"])):
+        assert said in last
 
 
-@pytest.mark.parametrize("isa", ["baseline", ""])
-def test_every_instruction_set_is_right(isa):
-    result = run_python(OP + "import ldm_fused; print(ldm_fused.build_info()['cpu_isa'])", LDM_FUSED_CPU_ISA=isa)
-    assert result.returncode == 0, result.stderr
-    assert isa in result.stdout
+def test_no_instruction_set_named_is_the_best():
+    result = run_python("import ldm_fused; print(ldm_fused.build_info()['cpu_isa'])", LDM_FUSED_CPU_ISA="")
+    assert result.stdout.strip() == ldm_fused.build_info()["cpu_isas"][-1], result.stderr
+
+
+def functions_with_avx():
+    """The names of all functions in the binary that have an instruction of AVX or later, such as vaddps."""
+    listing = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", ldm_fused.ops._C.__file__],
+                             capture_output=True, text=True, check=True).stdout
+    found, name = set(), None
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            name = line.split(" <", 1)[1]
+        elif "\tv" in line:
+            found.add(name)
+    return found
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the baseline alone")
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump, of the binutils")
+def test_what_every_processor_runs_has_no_newer_instructions():
+    """An inline function compiled in the source of a newer set, and linked in for all, would end a process."""
+    functions = functions_with_avx()
+    if any("cpu::baseline::" in name for name in functions):
+        pytest.skip("the compiler's default target has AVX")
+    sets = [f"cpu::{isa}::" for isa in ("avx2", "avx512", "avx512_bf16")]
+    assert all(any(part in name for name in functions) for part in sets), "the kernels themselves were not seen"
+    assert [name for name in functions if not any(part in name for part in sets)] == []
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -1,8 +1,10 @@
 // group_norm_act and its backward on the CPU: check, allocate, cut into units of work, run, register.
 //
-// Memory passes: each op walks the tensor twice, group by group (channels_last: sample by sample), so that a group
-// that fits the cache is read from memory once. Work is cut into chunks of fixed size and partial results are merged
-// in their order, whichever threads computed them: the bits do not depend on the number of threads.
+// Memory passes: each op walks the tensor twice, group by group (channels_last: sample by sample), so that a group that
+// fits the cache is read from memory once, and what is wanted next is prefetched while this group is computed. Backward
+// keeps dz between its passes, where it fits a cache, so that the second has no exponential to compute. Work is cut
+// into chunks of fixed size and partial results are merged in their order, whichever threads computed them: the bits do
+// not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -20,13 +22,14 @@ namespace ldm_fused {
 namespace cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;     // elements that both steps of the statistics find in the first-level cache
-constexpr int64_t kTile = 32768;     // elements that one call of a kernel walks
-constexpr int64_t kPixels = 65536;   // elements of the pixels that one call of a kernel walks twice
-constexpr int64_t kTogether = 8192;  // elements of small parts that go through each step together
-constexpr int64_t kNear = 262144;    // bytes of a group that the second-level cache holds beside the next one
-constexpr int64_t kGrain = 16384;    // elements worth a thread
-constexpr int64_t kKept = 4194304;   // elements of a part of which dz is kept from the sums to the input gradient
+constexpr int64_t kChunk = 4096;         // elements that both steps of the statistics find in the first-level cache
+constexpr int64_t kTile = 32768;         // elements that one call of a kernel walks
+constexpr int64_t kPixels = 65536;       // elements of the pixels that one call of a kernel walks twice
+constexpr int64_t kTogether = 8192;      // elements of small parts that go through each step together
+constexpr int64_t kNear = 262144;        // bytes of a group that the second-level cache holds beside the next one
+constexpr int64_t kNearBundle = 393216;  // the same of a bundle
+constexpr int64_t kGrain = 16384;        // elements worth a thread
+constexpr int64_t kKept = 4194304;       // elements of a part of which dz is kept from the sums to the input gradient
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -120,7 +123,8 @@ struct Parts {
 
 // For every part: first(part, unit, scratch) over its units, then merge(part), then second(part, unit, scratch) over
 // its units. Where threads can share the parts out evenly, each takes whole parts, while they are in its cache, small
-// ones several at once, so that no step waits for the one before; else all threads share each step.
+// ones several at once, so that no step waits for the one before; else all threads share each step, of as many parts as
+// scratch memory is for.
 template <class A, class First, class Merge, class Second>
 void two_passes(const Parts& parts, const First& first, const Merge& merge, const Second& second) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -144,15 +148,22 @@ void two_passes(const Parts& parts, const First& first, const Merge& merge, cons
       }
     });
   } else {
-    const Buffer<A> scratch(parts.count * parts.scratch);
-    const auto over_units = [&](int64_t units, const auto& f) {
-      parallel_over(parts.count * units, parts.elements / std::max<int64_t>(1, units), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) f(i / units, i % units, scratch.data() + i / units * parts.scratch);
-      });
-    };
-    over_units(parts.first_units, first);
-    for (int64_t part = 0; part < parts.count; ++part) merge(part);
-    over_units(parts.second_units, second);
+    const int64_t round = parts.scratch ? std::clamp<int64_t>(kKept / parts.scratch, 1, parts.count) : parts.count;
+    const Buffer<A> scratch(round * parts.scratch);
+    for (int64_t p0 = 0; p0 < parts.count; p0 += round) {
+      const int64_t p1 = std::min(p0 + round, parts.count);
+      const auto over_units = [&](int64_t units, const auto& f) {
+        const int64_t elements = parts.elements / std::max<int64_t>(1, units);
+        parallel_over((p1 - p0) * units, elements, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            f(p0 + i / units, i % units, scratch.data() + i / units * parts.scratch);
+          }
+        });
+      };
+      over_units(parts.first_units, first);
+      for (int64_t p = p0; p < p1; ++p) merge(p);
+      over_units(parts.second_units, second);
+    }
   }
 }
 
@@ -195,11 +206,44 @@ struct Tiles {
   }
 };
 
-// Pixels that a kernel walks at once, in channels_last: no longer than a sum of floats, and about equally many.
-Chunks pixel_chunks(const Shape& shape) {
-  const int64_t most = std::clamp<int64_t>(kPixels / shape.channels, 16, kLongestSum);
-  return Chunks(shape.spatial, ceil_div(shape.spatial, ceil_div(shape.spatial, most)));
-}
+// A sample of channels_last memory cut into bundles of whole groups and cache lines that the second-level cache holds
+// beside the next one; where there are none, the whole sample.
+struct Bundles {
+  const Shape& shape;
+  int64_t width, count;  // channels of each, but the last of a sample may be narrower
+  bool near;             // whether the cache holds them
+  Chunks pixels;         // that a kernel walks at once: no longer than a sum of floats, and about equally many
+
+  // `bytes` are read of each element, in tensors of `itemsize`.
+  Bundles(const Shape& shape, int64_t itemsize, int64_t bytes)
+      : shape(shape),
+        width(width_of(shape, itemsize, bytes)),
+        count(ceil_div(shape.channels, width)),
+        near(width * shape.spatial * bytes <= kNearBundle),
+        pixels(shape.spatial, pixels_of(shape.spatial, std::clamp<int64_t>(kPixels / width, 16, kLongestSum))) {}
+
+  int64_t sample(int64_t part) const { return part / count; }
+  int64_t channel(int64_t part) const { return part % count * width; }
+  int64_t channels(int64_t part) const { return std::min(width, shape.channels - channel(part)); }
+  int64_t elements() const { return width * shape.spatial; }
+
+  // The bundle's pixels of chunk k, and where their first element is in the sample.
+  Columns columns(int64_t part, int64_t k) const {
+    const int64_t next = part % count + 1 < count ? width : shape.channels * shape.spatial - channel(part);
+    return {pixels.extent(k), channels(part), shape.channels, near ? next : 0};
+  }
+  int64_t at(int64_t part, int64_t k) const { return pixels.begin(k) * shape.channels + channel(part); }
+
+ private:
+  static int64_t width_of(const Shape& shape, int64_t itemsize, int64_t bytes) {
+    constexpr int64_t kLine = 64;  // bytes
+    const int64_t in_group = shape.channels_per_group(), lanes = kLine / itemsize;
+    const int64_t least = in_group * (lanes / std::gcd(lanes, in_group));  // whole groups, whole lines
+    const int64_t fitting = kNearBundle / (least * shape.spatial * bytes);
+    return fitting ? std::min(shape.channels, least * fitting) : shape.channels;
+  }
+  static int64_t pixels_of(int64_t spatial, int64_t most) { return ceil_div(spatial, ceil_div(spatial, most)); }
+};
 
 bool walks_columns(const Shape& shape) { return shape.channels_last || shape.spatial == 1; }
 
@@ -279,12 +323,13 @@ class AffineTable {
         in_group_(shape.channels_per_group()),
         values_(3 * shape.rows()) {}
 
-  // Sample n's, from the statistics of all groups.
-  void fill(int64_t n, const Channels<A>& channels, const A* mean, const A* rstd) {
+  // Of sample n's groups from `first` on, from their statistics.
+  void fill(int64_t n, int64_t first, int64_t last, const Channels<A>& channels, const A* mean, const A* rstd) {
     A *center = values_.data() + 3 * n * channels_, *slope = center + channels_, *offset = slope + channels_;
     const A *gain = channels.gain(n), *pre_bias = channels.pre_bias(n);
-    std::copy_n(channels.offset(n), channels_, offset);
-    for (int64_t g = 0; g < groups_; ++g) {
+    std::copy(channels.offset(n) + first * in_group_, channels.offset(n) + last * in_group_,
+              offset + first * in_group_);
+    for (int64_t g = first; g < last; ++g) {
       const A m = mean[n * groups_ + g], r = rstd[n * groups_ + g];
       for (int64_t c = g * in_group_; c < (g + 1) * in_group_; ++c) {
         center[c] = pre_bias ? m - pre_bias[c] : m;
@@ -293,8 +338,9 @@ class AffineTable {
     }
   }
 
-  ColumnAffine<A> sample(int64_t n) const {
-    const A* at = values_.data() + 3 * n * channels_;
+  // Sample n's, from channel c on.
+  ColumnAffine<A> from(int64_t n, int64_t c) const {
+    const A* at = values_.data() + 3 * n * channels_ + c;
     return {at, at + channels_, at + 2 * channels_};
   }
 
@@ -355,59 +401,61 @@ struct Forward {
         });
   }
 
-  // Parts are samples.
+  // Parts are bundles.
   void columns() const {
-    const int64_t sample_size = shape.channels * shape.spatial;
-    const Chunks pixels = pixel_chunks(shape);
-    const Buffer<A> means(shape.batch * pixels.count * shape.channels),
-        m2s(shape.batch * pixels.count * shape.channels);
+    const Bundles bundles(shape, sizeof(X), sizeof(X));
+    const int64_t sample_size = shape.channels * shape.spatial, chunks = bundles.pixels.count;
+    const Buffer<A> means(shape.batch * chunks * shape.channels), m2s(shape.batch * chunks * shape.channels);
     AffineTable<A> table(shape);
     two_passes<A>(
-        {shape.batch, sample_size, pixels.count, pixels.count, 0},
-        [&](int64_t n, int64_t k, A*) {
-          const int64_t partial = (n * pixels.count + k) * shape.channels;
-          kernel.column_moments(x + n * sample_size + pixels.begin(k) * shape.channels, pixels.extent(k),
-                                shape.channels, means.data() + partial, m2s.data() + partial);
+        {shape.batch * bundles.count, bundles.elements(), chunks, chunks, 0},
+        [&](int64_t part, int64_t k, A*) {
+          const int64_t n = bundles.sample(part), partial = (n * chunks + k) * shape.channels + bundles.channel(part);
+          kernel.column_moments(x + n * sample_size + bundles.at(part, k), bundles.columns(part, k),
+                                means.data() + partial, m2s.data() + partial);
         },
-        [&](int64_t n) { merge_columns(n, pixels, means, m2s, table); },
-        [&](int64_t n, int64_t k, A*) {
-          const int64_t at = n * sample_size + pixels.begin(k) * shape.channels;
-          kernel.columns_apply(x + at, y + at, pixels.extent(k), shape.channels, table.sample(n), silu);
+        [&](int64_t part) { merge_columns(bundles, part, means, m2s, table); },
+        [&](int64_t part, int64_t k, A*) {
+          const int64_t n = bundles.sample(part), at = n * sample_size + bundles.at(part, k);
+          kernel.columns_apply(x + at, y + at, bundles.columns(part, k), table.from(n, bundles.channel(part)), silu);
         });
   }
 
-  // From the moments of each channel in each chunk to the statistics and the affine maps, in two steps as within a
-  // chunk: first the mean of all means, then how far each is from it.
-  void merge_columns(int64_t n, const Chunks& pixels, const Buffer<A>& means, const Buffer<A>& m2s,
+  // From the moments of each channel in each chunk to the statistics and the affine maps, in two steps: first the mean
+  // of all means, then how far each is from it.
+  void merge_columns(const Bundles& bundles, int64_t part, const Buffer<A>& means, const Buffer<A>& m2s,
                      AffineTable<A>& table) const {
-    const int64_t all = shape.channels, in_group = shape.channels_per_group(), first = n * pixels.count * all;
+    const Chunks& pixels = bundles.pixels;
+    const int64_t n = bundles.sample(part), c0 = bundles.channel(part), all = bundles.channels(part);
+    const int64_t in_group = shape.channels_per_group(), g0 = c0 / in_group, groups = all / in_group;
+    const A* pre_bias = channels.pre_bias(n) ? channels.pre_bias(n) + c0 : nullptr;
     std::vector<double> sums(all), centers(all), m2(all);
     for (int64_t k = 0; k < pixels.count; ++k) {
-      const A* mean_k = means.data() + first + k * all;
+      const A* mean_k = means.data() + (n * pixels.count + k) * shape.channels + c0;
       const double share = double(pixels.extent(k)) / double(shape.spatial);
       for (int64_t c = 0; c < all; ++c) sums[c] += double(mean_k[c]) * share;
     }
-    for (int64_t c = 0; channels.pre_bias(n) && c < all; ++c) sums[c] += double(channels.pre_bias(n)[c]);
-    for (int64_t g = 0; g < shape.groups; ++g) {
+    for (int64_t c = 0; pre_bias && c < all; ++c) sums[c] += double(pre_bias[c]);
+    for (int64_t g = 0; g < groups; ++g) {
       const double group_mean = std::accumulate(&sums[g * in_group], &sums[g * in_group] + in_group, 0.0) / in_group;
       std::fill_n(&centers[g * in_group], in_group, group_mean);
-      mean[n * shape.groups + g] = A(group_mean);
+      mean[n * shape.groups + g0 + g] = A(group_mean);
     }
-    for (int64_t c = 0; channels.pre_bias(n) && c < all; ++c) centers[c] -= double(channels.pre_bias(n)[c]);
+    for (int64_t c = 0; pre_bias && c < all; ++c) centers[c] -= double(pre_bias[c]);
     for (int64_t k = 0; k < pixels.count; ++k) {
-      const A *mean_k = means.data() + first + k * all, *m2_k = m2s.data() + first + k * all;
+      const int64_t at = (n * pixels.count + k) * shape.channels + c0;
+      const A *mean_k = means.data() + at, *m2_k = m2s.data() + at;
       const double extent = double(pixels.extent(k));
       for (int64_t c = 0; c < all; ++c) {
         const double off = double(mean_k[c]) - centers[c];
         m2[c] += double(m2_k[c]) + off * off * extent;
       }
     }
-    for (int64_t g = 0; g < shape.groups; ++g) {
-      const int64_t group = n * shape.groups + g;
+    for (int64_t g = 0; g < groups; ++g) {
       const double sum = std::accumulate(&m2[g * in_group], &m2[g * in_group] + in_group, 0.0);
-      rstd[group] = rstd_of(sum / (double(in_group) * double(shape.spatial)));
+      rstd[n * shape.groups + g0 + g] = rstd_of(sum / (double(in_group) * double(shape.spatial)));
     }
-    table.fill(n, channels, mean, rstd);
+    table.fill(n, g0, g0 + groups, channels, mean, rstd);
   }
 };
 
@@ -495,69 +543,80 @@ struct Backward {
         });
   }
 
-  // Parts are samples.
+  // Parts are bundles.
   void columns() {
-    const int64_t sample_size = shape.channels * shape.spatial, in_group = shape.channels_per_group();
-    const Chunks pixels = pixel_chunks(shape);
-    const Buffer<A> partials(3 * shape.batch * pixels.count * shape.channels), k1(shape.rows()), k2(shape.rows());
+    const Bundles bundles(shape, sizeof(X), sizeof(X) + sizeof(Y));
+    const int64_t sample_size = shape.channels * shape.spatial, chunks = bundles.pixels.count;
+    const int64_t in_group = shape.channels_per_group();
+    const Buffer<A> partials(3 * shape.batch * chunks * shape.channels), k1(shape.rows()), k2(shape.rows());
     AffineTable<A> table(shape);
-    for (int64_t n = 0; n < shape.batch; ++n) table.fill(n, channels, mean, rstd);
+    for (int64_t n = 0; n < shape.batch; ++n) table.fill(n, 0, shape.groups, channels, mean, rstd);
+    // dz of a bundle lies in scratch memory as it would in the sample.
+    const auto kept_at = [&](int64_t part, int64_t k, A* scratch) {
+      const int64_t in_sample = bundles.at(part, k);
+      return kept(bundles.sample(part), sample_size, scratch,
+                  std::is_same_v<X, A> ? in_sample : in_sample - bundles.channel(part));
+    };
     two_passes<A>(
-        {shape.batch, sample_size, pixels.count, dx ? pixels.count : 0, scratch(sample_size)},
-        [&](int64_t n, int64_t k, A* scratch) {
-          const int64_t offset = pixels.begin(k) * shape.channels, at = n * sample_size + offset;
-          A* sums = partials.data() + 3 * (n * pixels.count + k) * shape.channels;
-          kernel.columns_sums(x + at, dy + at, kept(n, sample_size, scratch, offset), pixels.extent(k), shape.channels,
-                              table.sample(n), silu, sums, sums + shape.channels);
-          if (gradients.pre_bias.data) {
-            kernel.columns_sum_x(x + at, pixels.extent(k), shape.channels, table.sample(n).center,
-                                 sums + 2 * shape.channels);
-          }
+        {shape.batch * bundles.count, bundles.elements(), chunks, dx ? chunks : 0, scratch(sample_size)},
+        [&](int64_t part, int64_t k, A* scratch) {
+          const int64_t n = bundles.sample(part), c0 = bundles.channel(part);
+          const int64_t at = n * sample_size + bundles.at(part, k);
+          const Columns columns = bundles.columns(part, k);
+          const ColumnAffine<A> maps = table.from(n, c0);
+          A* sums = partials.data() + 3 * (n * chunks + k) * shape.channels + c0;
+          kernel.columns_sums(x + at, dy + at, kept_at(part, k, scratch), columns, maps, silu, sums,
+                              sums + shape.channels);
+          if (gradients.pre_bias.data) kernel.columns_sum_x(x + at, columns, maps.center, sums + 2 * shape.channels);
         },
-        [&](int64_t n) {
-          std::vector<double> sums(3 * shape.channels);
-          const int64_t wanted = (gradients.pre_bias.data ? 3 : 2) * shape.channels;
-          for (int64_t k = 0; k < pixels.count; ++k) {
-            const A* partial = partials.data() + 3 * (n * pixels.count + k) * shape.channels;
-            for (int64_t i = 0; i < wanted; ++i) sums[i] += double(partial[i]);
+        [&](int64_t part) {
+          const int64_t n = bundles.sample(part), c0 = bundles.channel(part), all = bundles.channels(part);
+          A* const totals_of[] = {dz, dz_x, sum_x};
+          std::vector<double> sums(all);
+          for (int64_t i = 0; i < (gradients.pre_bias.data ? 3 : 2); ++i) {
+            std::fill(sums.begin(), sums.end(), 0);
+            for (int64_t k = 0; k < chunks; ++k) {
+              const A* partial = partials.data() + (3 * (n * chunks + k) + i) * shape.channels + c0;
+              for (int64_t c = 0; c < all; ++c) sums[c] += double(partial[c]);
+            }
+            std::copy(sums.begin(), sums.end(), totals_of[i] + n * shape.channels + c0);
           }
-          for (int64_t c = 0; c < shape.channels; ++c) {
-            dz[n * shape.channels + c] = A(sums[c]);
-            dz_x[n * shape.channels + c] = A(sums[shape.channels + c]);
-            sum_x[n * shape.channels + c] = A(sums[2 * shape.channels + c]);
-          }
-          for (int64_t g = 0; g < shape.groups; ++g) {
+          for (int64_t g = c0 / in_group; g < (c0 + all) / in_group; ++g) {
             project(n, g);
             const Projection<A>& projection = projections[n * shape.groups + g];
             std::fill_n(k1.data() + n * shape.channels + g * in_group, in_group, projection.k1);
             std::fill_n(k2.data() + n * shape.channels + g * in_group, in_group, projection.k2);
           }
         },
-        [&](int64_t n, int64_t k, A* scratch) {
-          const int64_t offset = pixels.begin(k) * shape.channels, at = n * sample_size + offset;
-          kernel.columns_input_gradient(x + at, dy + at, kept(n, sample_size, scratch, offset), dx + at,
-                                        pixels.extent(k), shape.channels, table.sample(n),
-                                        k1.data() + n * shape.channels, k2.data() + n * shape.channels, silu);
+        [&](int64_t part, int64_t k, A* scratch) {
+          const int64_t n = bundles.sample(part), row = n * shape.channels + bundles.channel(part);
+          const int64_t at = n * sample_size + bundles.at(part, k);
+          kernel.columns_input_gradient(x + at, dy + at, kept_at(part, k, scratch), dx + at, bundles.columns(part, k),
+                                        table.from(n, bundles.channel(part)), k1.data() + row, k2.data() + row, silu);
         });
   }
 
   void parameters() const {
     if (!gradients.any()) return;
     constexpr int64_t kBlock = 64;  // channels that a thread sums side by side
+    const int64_t in_group = shape.channels_per_group();
     const bool plain = !affine.scale.data && !gradients.shift.data && !gradients.pre_bias.data;
     parallel_over(ceil_div(shape.channels, kBlock), kBlock * shape.batch, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * kBlock; first < std::min(end * kBlock, shape.channels); first += kBlock) {
         const int64_t last = std::min(first + kBlock, shape.channels);
         ParameterGradients<A> sums[kBlock]{};
         for (int64_t n = 0; n < shape.batch; ++n) {
-          for (int64_t c = first; c < last; ++c) {
-            const int64_t group = shape.group(n, c), row = n * shape.channels + c;
-            if (plain) {  // what add() does, without looking at each parameter
-              sums[c - first].weight += dz_x[row] * rstd[group];
-              sums[c - first].bias += dz[row];
-            } else {
-              sums[c - first].add(affine, gradients, shape, n, c, rstd[group], projections[group],
-                                  {dz[row], dz_x[row], sum_x[row]});
+          for (int64_t c = first; c < last;) {
+            const int64_t group = shape.group(n, c), end = std::min(last, c - c % in_group + in_group);
+            for (; c < end; ++c) {
+              const int64_t row = n * shape.channels + c;
+              if (plain) {  // what add() does, without looking at each parameter
+                sums[c - first].weight += dz_x[row] * rstd[group];
+                sums[c - first].bias += dz[row];
+              } else {
+                sums[c - first].add(affine, gradients, shape, n, c, rstd[group], projections[group],
+                                    {dz[row], dz_x[row], sum_x[row]});
+              }
             }
           }
         }

@@ -36,6 +36,12 @@ struct Rows {
   int64_t count, length, stride, ahead;
 };
 
+// `pixels` runs of `channels` elements, whose first elements are `stride` apart, of channels_last memory. `ahead` is as
+// in Rows.
+struct Columns {
+  int64_t pixels, channels, stride, ahead;
+};
+
 // The affine maps of a group's channels, from its statistics and from arrays over its channels.
 template <class A>
 struct GroupAffine {
@@ -48,7 +54,7 @@ struct GroupAffine {
   }
 };
 
-// The affine maps of a sample's channels, each member an array over them.
+// The affine maps of some channels of a sample, each member an array over them.
 template <class A>
 struct ColumnAffine {
   const A *center, *slope, *offset;
@@ -70,13 +76,13 @@ struct Kernels {
                               const Projection<A>&, bool silu);
 
   // `mean` and `m2`, and dz, dz_x and sum_x, are arrays over channels, written here.
-  void (*column_moments)(const X* x, int64_t pixels, int64_t channels, A* mean, A* m2);
-  void (*columns_apply)(const X* x, Y* y, int64_t pixels, int64_t channels, const ColumnAffine<A>&, bool silu);
-  void (*columns_sums)(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels, const ColumnAffine<A>&,
-                       bool silu, A* dz, A* dz_x);
-  void (*columns_sum_x)(const X* x, int64_t pixels, int64_t channels, const A* center, A* sum_x);
-  void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, int64_t pixels, int64_t channels,
-                                 const ColumnAffine<A>&, const A* k1, const A* k2, bool silu);
+  void (*column_moments)(const X* x, const Columns&, A* mean, A* m2);
+  void (*columns_apply)(const X* x, Y* y, const Columns&, const ColumnAffine<A>&, bool silu);
+  void (*columns_sums)(const X* x, const Y* dy, A* kept, const Columns&, const ColumnAffine<A>&, bool silu, A* dz,
+                       A* dz_x);
+  void (*columns_sum_x)(const X* x, const Columns&, const A* center, A* sum_x);
+  void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, const Columns&, const ColumnAffine<A>&,
+                                 const A* k1, const A* k2, bool silu);
 };
 
 // Each instruction set's kernels. baseline is what the compiler targets without being told; avx512_bf16 has those only

@@ -12,6 +12,7 @@ struct SameForAll {
   LDM_FUSED_INLINE explicit SameForAll(A value) : value(all(value)) {}
   LDM_FUSED_INLINE Vector<A> at(int64_t) const { return value; }
   LDM_FUSED_INLINE Vector<A> part(int64_t, int) const { return value; }
+  LDM_FUSED_INLINE A beyond() const { return value[0]; }  // in the lanes of a part that are not of the run
 };
 
 template <class A>
@@ -19,9 +20,10 @@ struct Along {
   const A* values;
   LDM_FUSED_INLINE Vector<A> at(int64_t i) const { return load(values + i); }
   LDM_FUSED_INLINE Vector<A> part(int64_t i, int count) const { return load_part<A>(values + i, count, A(0)); }
+  LDM_FUSED_INLINE A beyond() const { return A(0); }
 };
 
-constexpr int kAhead = 4096;  // elements between what is at hand and what is prefetched, in a walk through memory
+constexpr int kAhead = 8;  // pixels between what is at hand and what is prefetched in the first walk through memory
 constexpr int kInRow = 2, kPixels = kVectorBytes == 64 ? 4 : 2;  // vectors side by side, as registers last
 
 // Asks for K vectors, `stride` elements apart, that will be read or written soon. Any address will do.
@@ -68,7 +70,7 @@ template <class X, class Y, bool Silu, class Source, class A = Accumulate<X>>
 LDM_FUSED_INLINE Derivative<A, 1> derivative_part(const X* x, const Y* dy, int64_t i, int count, Source center,
                                                   Source slope, Source offset) {
   Derivative<A, 1> d;
-  d.centered.v[0] = load_part<X>(x + i, count, 0) - center.part(i, count);
+  d.centered.v[0] = load_part<X>(x + i, count, center.beyond()) - center.part(i, count);  // 0 beyond the run
   d.dz.v[0] = load_part<Y>(dy + i, count, 0);
   if (Silu) d.dz = silu_backward(d.dz, d.centered * slope.part(i, count) + offset.part(i, count));
   return d;
@@ -133,7 +135,7 @@ LDM_FUSED_INLINE void apply_row(const X* x, Y* y, const Rows& rows, const Channe
   const SameForAll<A> center(affine.center), slope(affine.slope), offset(affine.offset);
   int64_t i = 0;
   for (; i + kInRow * W <= rows.length; i += kInRow * W) {
-    prefetch<kInRow>(x + rows.ahead + i, W);
+    if (Silu) prefetch<kInRow>(x + rows.ahead + i, W);  // without an exponential, memory is what it waits for already
     apply<kInRow, X, Y, Silu>(x, y, W, i, center, slope, offset);
   }
   for (; i + W <= rows.length; i += W) apply<1, X, Y, Silu>(x, y, W, i, center, slope, offset);
@@ -162,8 +164,8 @@ LDM_FUSED_INLINE LaneSums<A> sums_of_piece(const X* x, const Y* dy, A* kept, int
   Pack<A, kInRow> dz{}, dz_x{};
   int64_t i = 0;
   for (; i + kInRow * W <= n; i += kInRow * W) {
-    prefetch<kInRow>(x + ahead + i, W);
-    prefetch<kInRow>(dy + ahead + i, W);
+    if (Silu) prefetch<kInRow>(x + ahead + i, W);  // as in apply_row
+    if (Silu) prefetch<kInRow>(dy + ahead + i, W);
     const auto d = derivative<kInRow, X, Y, Silu>(x, dy, W, i, center, slope, offset);
     if (Keep) store(kept + i, W, d.dz);
     dz = dz + d.dz;
@@ -273,114 +275,116 @@ void rows_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, const Ro
 
 // ---- Columns --------------------------------------------------------------------------------------------------
 
-// One pixel at a time, in the order of memory, which is being read for the first time.
-template <class X, class A>
-LDM_FUSED_INLINE void add_pixel(const X* x, const X* later, int channels, A share, A* sums) {
+// Adds what K pixels differ from `center`, divided by the count, and the squares of that, to arrays over channels.
+template <int K, class X, class A>
+LDM_FUSED_INLINE void add_deviations(const X* x, int64_t stride, int channels, const A* center, A share, A* off,
+                                     A* squares) {
   constexpr int W = kLanes<A>;
   int c = 0;
   for (; c + W <= channels; c += W) {
-    __builtin_prefetch(later + c);
-    store(sums + c, load(sums + c) + load(x + c) * share);
-  }
-  for (; c < channels; ++c) sums[c] += widen(x[c]) * share;
-}
-
-template <int Pixels, class X, class A>
-LDM_FUSED_INLINE void add_deviations(const X* x, int64_t stride, int channels, const A* center, A* squares, A* off) {
-  constexpr int W = kLanes<A>;
-  int c = 0;
-  for (; c + W <= channels; c += W) {
+    prefetch<K>(x + kAhead * stride + c, stride);
     const Vector<A> middle = load(center + c);
-    Vector<A> square = load(squares + c), error = load(off + c);
-    for (int k = 0; k < Pixels; ++k) {
+    Vector<A> error = load(off + c), square = load(squares + c);
+    for (int k = 0; k < K; ++k) {
       const Vector<A> centered = load(x + k * stride + c) - middle;
+      error += centered * share;
       square += centered * centered;
-      error += centered;
     }
-    store(squares + c, square);
     store(off + c, error);
+    store(squares + c, square);
   }
   for (; c < channels; ++c) {
-    for (int k = 0; k < Pixels; ++k) {
+    for (int k = 0; k < K; ++k) {
       const A centered = widen(x[k * stride + c]) - center[c];
+      off[c] += centered * share;
       squares[c] += centered * centered;
-      off[c] += centered;
     }
   }
 }
 
-// As row_moments, for every channel at once.
+// Mean and squared deviations of every channel in one step over at most kLongestSum pixels: relative to the mean of
+// four of them, so that what cancels in the correction is at most a small multiple of what is left.
 template <class X, class A = Accumulate<X>>
-void column_moments(const X* x, int64_t pixels, int64_t channels, A* mean, A* m2) {
+void column_moments(const X* x, const Columns& columns, A* mean, A* m2) {
   constexpr int kBlock = 2560;
+  const int64_t pixels = columns.pixels, stride = columns.stride;
   const A share = A(1) / A(pixels);
-  for (int64_t first = 0; first < channels; first += kBlock, x += kBlock, mean += kBlock, m2 += kBlock) {
-    const int block = int(channels - first < kBlock ? channels - first : kBlock);
-    A sums[kBlock], squares[kBlock], off[kBlock];
-    for (int c = 0; c < block; ++c) sums[c] = squares[c] = off[c] = 0;
-    int64_t p = 0;
-    for (; p < pixels; ++p) add_pixel(x + p * channels, x + p * channels + kAhead, block, share, sums);
-    for (p = 0; p + kPixels <= pixels; p += kPixels) {
-      add_deviations<kPixels>(x + p * channels, channels, block, sums, squares, off);
+  for (int64_t first = 0; first < columns.channels; first += kBlock, x += kBlock, mean += kBlock, m2 += kBlock) {
+    const int block = int(columns.channels - first < kBlock ? columns.channels - first : kBlock);
+    A center[kBlock], off[kBlock], squares[kBlock];
+    const X *second = x + pixels / 4 * stride, *third = x + pixels / 2 * stride, *last = x + (pixels - 1) * stride;
+    for (int c = 0; c < block; ++c) {  // in pairs, which makes it exact where all are the same
+      center[c] =
+          (widen(x[c]) * A(0.25) + widen(second[c]) * A(0.25)) + (widen(third[c]) * A(0.25) + widen(last[c]) * A(0.25));
+      off[c] = squares[c] = 0;
     }
-    for (; p < pixels; ++p) add_deviations<1>(x + p * channels, channels, block, sums, squares, off);
+    int64_t p = 0;
+    for (; p + kPixels <= pixels; p += kPixels) {
+      add_deviations<kPixels>(x + p * stride, stride, block, center, share, off, squares);
+    }
+    for (; p < pixels; ++p) add_deviations<1>(x + p * stride, stride, block, center, share, off, squares);
     for (int c = 0; c < block; ++c) {
-      const double error = double(off[c]) * double(share);
-      mean[c] = A(double(sums[c]) + error);
-      m2[c] = A(double(squares[c]) - error * double(off[c]));
+      mean[c] = A(double(center[c]) + double(off[c]));
+      const double left = double(squares[c]) - double(off[c]) * double(off[c]) * double(pixels);
+      m2[c] = left < 0 ? A(0) : A(left);  // NaN passes
     }
   }
 }
 
 // Of K pixels side by side.
 template <int K, class X, class Y, bool Silu, class A = Accumulate<X>>
-LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, int64_t channels, const ColumnAffine<A>& affine) {
+LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, const ColumnAffine<A>& affine) {
   constexpr int W = kLanes<A>;
+  const int64_t stride = columns.stride;
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
-  for (; c + W <= channels; c += W) {
-    prefetch<K>(x + K * channels + c, channels);
-    prefetch_to_write<K>(y + K * channels + c, channels);
-    apply<K, X, Y, Silu>(x, y, channels, c, center, slope, offset);
+  for (; c + W <= columns.channels; c += W) {
+    if (Silu) prefetch<K>(x + columns.ahead + c, stride);  // as in apply_row
+    prefetch<K>(x + K * stride + c, stride);
+    prefetch_to_write<K>(y + K * stride + c, stride);
+    apply<K, X, Y, Silu>(x, y, stride, c, center, slope, offset);
   }
-  for (int k = 0; c < channels && k < K; ++k) {
-    apply_part<X, Y, Silu>(x + k * channels, y + k * channels, c, int(channels - c), center, slope, offset);
+  for (int k = 0; c < columns.channels && k < K; ++k) {
+    apply_part<X, Y, Silu>(x + k * stride, y + k * stride, c, int(columns.channels - c), center, slope, offset);
   }
 }
 
 template <class X, class Y, bool Silu, class A = Accumulate<X>>
-LDM_FUSED_INLINE void apply_columns(const X* x, Y* y, int64_t pixels, int64_t channels, const ColumnAffine<A>& affine) {
+LDM_FUSED_INLINE void apply_columns(const X* x, Y* y, const Columns& columns, const ColumnAffine<A>& affine) {
+  const int64_t stride = columns.stride;
   int64_t p = 0;
-  for (; p + kPixels <= pixels; p += kPixels) {
-    apply_pixels<kPixels, X, Y, Silu>(x + p * channels, y + p * channels, channels, affine);
+  for (; p + kPixels <= columns.pixels; p += kPixels) {
+    apply_pixels<kPixels, X, Y, Silu>(x + p * stride, y + p * stride, columns, affine);
   }
-  for (; p < pixels; ++p) apply_pixels<1, X, Y, Silu>(x + p * channels, y + p * channels, channels, affine);
+  for (; p < columns.pixels; ++p) apply_pixels<1, X, Y, Silu>(x + p * stride, y + p * stride, columns, affine);
 }
 
 template <class X, class Y, class A = Accumulate<X>>
-void columns_apply(const X* x, Y* y, int64_t pixels, int64_t channels, const ColumnAffine<A>& affine, bool silu) {
-  silu ? apply_columns<X, Y, true>(x, y, pixels, channels, affine)
-       : apply_columns<X, Y, false>(x, y, pixels, channels, affine);
+void columns_apply(const X* x, Y* y, const Columns& columns, const ColumnAffine<A>& affine, bool silu) {
+  silu ? apply_columns<X, Y, true>(x, y, columns, affine) : apply_columns<X, Y, false>(x, y, columns, affine);
 }
 
 template <int K, class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
-LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, int64_t channels,
+LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, const Columns& columns,
                                          const ColumnAffine<A>& affine, A* dz, A* dz_x) {
   constexpr int W = kLanes<A>;
+  const int64_t stride = columns.stride;
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
-  for (; c + W <= channels; c += W) {
-    prefetch<K>(x + K * channels + c, channels);
-    prefetch<K>(dy + K * channels + c, channels);
-    const auto d = derivative<K, X, Y, Silu>(x, dy, channels, c, center, slope, offset);
-    if (Keep) prefetch_to_write<K>(kept + K * channels + c, channels);
-    if (Keep) store(kept + c, channels, d.dz);
+  for (; c + W <= columns.channels; c += W) {
+    if (Silu) prefetch<K>(x + columns.ahead + c, stride);
+    if (Silu) prefetch<K>(dy + columns.ahead + c, stride);
+    prefetch<K>(x + K * stride + c, stride);
+    prefetch<K>(dy + K * stride + c, stride);
+    const auto d = derivative<K, X, Y, Silu>(x, dy, stride, c, center, slope, offset);
+    if (Keep) prefetch_to_write<K>(kept + K * stride + c, stride);
+    if (Keep) store(kept + c, stride, d.dz);
     store(dz + c, load(dz + c) + sum_of(d.dz));
     store(dz_x + c, load(dz_x + c) + sum_of(d.dz * d.centered));
   }
-  for (int k = 0; c < channels && k < K; ++k) {
-    const int64_t at = k * channels;
-    const int rest = int(channels - c);
+  for (int k = 0; c < columns.channels && k < K; ++k) {
+    const int64_t at = k * stride;
+    const int rest = int(columns.channels - c);
     const auto d = derivative_part<X, Y, Silu>(x + at, dy + at, c, rest, center, slope, offset);
     if (Keep) store_part<A>(kept + at + c, d.dz.v[0], rest);
     store_part<A>(dz + c, load_part<A>(dz + c, rest, 0) + d.dz.v[0], rest);
@@ -389,82 +393,79 @@ LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, int64
 }
 
 template <class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
-LDM_FUSED_INLINE void sums_of_columns(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels,
+LDM_FUSED_INLINE void sums_of_columns(const X* x, const Y* dy, A* kept, const Columns& columns,
                                       const ColumnAffine<A>& affine, A* dz, A* dz_x) {
-  const auto step = [channels, &x, &dy, &kept](int count) {
-    x += count * channels, dy += count * channels, kept += Keep ? count * channels : 0;
-  };
-  for (; pixels >= kPixels; pixels -= kPixels, step(kPixels)) {
-    add_sums_of_pixels<kPixels, X, Y, Silu, Keep>(x, dy, kept, channels, affine, dz, dz_x);
+  int64_t p = 0, at = 0;
+  for (; p + kPixels <= columns.pixels; p += kPixels, at += kPixels * columns.stride) {
+    add_sums_of_pixels<kPixels, X, Y, Silu, Keep>(x + at, dy + at, Keep ? kept + at : kept, columns, affine, dz, dz_x);
   }
-  for (; pixels > 0; --pixels, step(1)) {
-    add_sums_of_pixels<1, X, Y, Silu, Keep>(x, dy, kept, channels, affine, dz, dz_x);
+  for (; p < columns.pixels; ++p, at += columns.stride) {
+    add_sums_of_pixels<1, X, Y, Silu, Keep>(x + at, dy + at, Keep ? kept + at : kept, columns, affine, dz, dz_x);
   }
 }
 
 template <class X, class Y, class A = Accumulate<X>>
-void columns_sums(const X* x, const Y* dy, A* kept, int64_t pixels, int64_t channels, const ColumnAffine<A>& affine,
-                  bool silu, A* dz, A* dz_x) {
-  for (int64_t c = 0; c < channels; ++c) dz[c] = dz_x[c] = 0;
+void columns_sums(const X* x, const Y* dy, A* kept, const Columns& columns, const ColumnAffine<A>& affine, bool silu,
+                  A* dz, A* dz_x) {
+  for (int64_t c = 0; c < columns.channels; ++c) dz[c] = dz_x[c] = 0;
   if (!silu) {
-    sums_of_columns<X, Y, false, false>(x, dy, kept, pixels, channels, affine, dz, dz_x);
+    sums_of_columns<X, Y, false, false>(x, dy, kept, columns, affine, dz, dz_x);
   } else if (kept == nullptr) {
-    sums_of_columns<X, Y, true, false>(x, dy, kept, pixels, channels, affine, dz, dz_x);
+    sums_of_columns<X, Y, true, false>(x, dy, kept, columns, affine, dz, dz_x);
   } else {
-    sums_of_columns<X, Y, true, true>(x, dy, kept, pixels, channels, affine, dz, dz_x);
+    sums_of_columns<X, Y, true, true>(x, dy, kept, columns, affine, dz, dz_x);
   }
 }
 
 template <class X, class A = Accumulate<X>>
-void columns_sum_x(const X* x, int64_t pixels, int64_t channels, const A* center, A* sum_x) {
-  for (int64_t c = 0; c < channels; ++c) sum_x[c] = 0;
-  for (int64_t p = 0; p < pixels; ++p, x += channels) {
-    for (int64_t c = 0; c < channels; ++c) sum_x[c] += widen(x[c]) - center[c];
+void columns_sum_x(const X* x, const Columns& columns, const A* center, A* sum_x) {
+  for (int64_t c = 0; c < columns.channels; ++c) sum_x[c] = 0;
+  for (int64_t p = 0; p < columns.pixels; ++p, x += columns.stride) {
+    for (int64_t c = 0; c < columns.channels; ++c) sum_x[c] += widen(x[c]) - center[c];
   }
 }
 
 template <int K, class X, class Y, bool Silu, class A = Accumulate<X>>
-LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, X* dx, int64_t channels,
+LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, X* dx, const Columns& columns,
                                                const ColumnAffine<A>& affine, const A* k1, const A* k2) {
   constexpr int W = kLanes<A>;
+  const int64_t stride = columns.stride;
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset}, first{k1}, second{k2};
   int64_t c = 0;
-  for (; c + W <= channels; c += W) {
-    prefetch<K>(x + K * channels + c, channels);
-    prefetch<K>(dy + K * channels + c, channels);
-    prefetch_to_write<K>(dx + K * channels + c, channels);
-    input_gradient<K, X, Y, Silu>(x, dy, dx, channels, c, center, slope, offset, first, second);
+  for (; c + W <= columns.channels; c += W) {
+    prefetch<K>(x + K * stride + c, stride);
+    prefetch<K>(dy + K * stride + c, stride);
+    prefetch_to_write<K>(dx + K * stride + c, stride);
+    input_gradient<K, X, Y, Silu>(x, dy, dx, stride, c, center, slope, offset, first, second);
   }
-  for (int k = 0; c < channels && k < K; ++k) {
-    const int64_t at = k * channels;
-    input_gradient_part<X, Y, Silu>(x + at, dy + at, dx + at, c, int(channels - c), center, slope, offset, first,
-                                    second);
+  for (int k = 0; c < columns.channels && k < K; ++k) {
+    const int64_t at = k * stride;
+    input_gradient_part<X, Y, Silu>(x + at, dy + at, dx + at, c, int(columns.channels - c), center, slope, offset,
+                                    first, second);
   }
 }
 
 template <class X, class Y, bool Silu, class A = Accumulate<X>>
-LDM_FUSED_INLINE void input_gradient_of_columns(const X* x, const Y* dy, X* dx, int64_t pixels, int64_t channels,
+LDM_FUSED_INLINE void input_gradient_of_columns(const X* x, const Y* dy, X* dx, const Columns& columns,
                                                 const ColumnAffine<A>& affine, const A* k1, const A* k2) {
-  const auto step = [channels, &x, &dy, &dx](int count) {
-    x += count * channels, dy += count * channels, dx += count * channels;
-  };
-  for (; pixels >= kPixels; pixels -= kPixels, step(kPixels)) {
-    input_gradient_of_pixels<kPixels, X, Y, Silu>(x, dy, dx, channels, affine, k1, k2);
+  int64_t p = 0, at = 0;
+  for (; p + kPixels <= columns.pixels; p += kPixels, at += kPixels * columns.stride) {
+    input_gradient_of_pixels<kPixels, X, Y, Silu>(x + at, dy + at, dx + at, columns, affine, k1, k2);
   }
-  for (; pixels > 0; --pixels, step(1)) {
-    input_gradient_of_pixels<1, X, Y, Silu>(x, dy, dx, channels, affine, k1, k2);
+  for (; p < columns.pixels; ++p, at += columns.stride) {
+    input_gradient_of_pixels<1, X, Y, Silu>(x + at, dy + at, dx + at, columns, affine, k1, k2);
   }
 }
 
 template <class X, class Y, class A = Accumulate<X>>
-void columns_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, int64_t pixels, int64_t channels,
+void columns_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, const Columns& columns,
                             const ColumnAffine<A>& affine, const A* k1, const A* k2, bool silu) {
   if (!silu) {
-    input_gradient_of_columns<X, Y, false>(x, dy, dx, pixels, channels, affine, k1, k2);
+    input_gradient_of_columns<X, Y, false>(x, dy, dx, columns, affine, k1, k2);
   } else if (kept == nullptr) {
-    input_gradient_of_columns<X, Y, true>(x, dy, dx, pixels, channels, affine, k1, k2);
+    input_gradient_of_columns<X, Y, true>(x, dy, dx, columns, affine, k1, k2);
   } else {
-    input_gradient_of_columns<X, A, false>(x, kept, dx, pixels, channels, affine, k1, k2);
+    input_gradient_of_columns<X, A, false>(x, kept, dx, columns, affine, k1, k2);
   }
 }
 
