@@ -101,8 +101,8 @@ def group_norm_act(
 def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
     """The op on a CPU where nothing has to be differentiated, or None where that is not so.
 
-    The checks of :func:`checked` cost half as much as a small tensor's GroupNorm. So here the op itself refuses whatever
-    they refuse, and they are made only then, to say what is wrong.
+    The checks of :func:`checked` cost half as much as a small GroupNorm. So here the op itself refuses whatever they
+    would, and they are made only then, to say what is wrong.
     """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
         return None

@@ -236,11 +236,14 @@ struct Bundles {
 
  private:
   static int64_t width_of(const Shape& shape, int64_t itemsize, int64_t bytes) {
-    constexpr int64_t kLine = 64;  // bytes
+    constexpr int64_t kLine = 64, kPage = 4096, kCache = 1048576;  // bytes
     const int64_t in_group = shape.channels_per_group(), lanes = kLine / itemsize;
     const int64_t least = in_group * (lanes / std::gcd(lanes, in_group));  // whole groups, whole lines
     const int64_t fitting = kNearBundle / (least * shape.spatial * bytes);
-    return fitting ? std::min(shape.channels, least * fitting) : shape.channels;
+    const int64_t width = std::min(shape.channels, least * fitting);
+    // Pixels that are a power of two apart put their lines into few sets of the cache, as if it were so much smaller.
+    const int64_t period = std::gcd(shape.channels * itemsize, kPage);
+    return width && std::max(period, width * itemsize) * shape.spatial <= kCache ? width : shape.channels;
   }
   static int64_t pixels_of(int64_t spatial, int64_t most) { return ceil_div(spatial, ceil_div(spatial, most)); }
 };
