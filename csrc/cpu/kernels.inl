@@ -135,7 +135,7 @@ LDM_FUSED_INLINE void apply_row(const X* x, Y* y, const Rows& rows, const Channe
   const SameForAll<A> center(affine.center), slope(affine.slope), offset(affine.offset);
   int64_t i = 0;
   for (; i + kInRow * W <= rows.length; i += kInRow * W) {
-    if (Silu) prefetch<kInRow>(x + rows.ahead + i, W);  // without an exponential, memory is what it waits for already
+    prefetch<kInRow>(x + rows.ahead + i, W);
     apply<kInRow, X, Y, Silu>(x, y, W, i, center, slope, offset);
   }
   for (; i + W <= rows.length; i += W) apply<1, X, Y, Silu>(x, y, W, i, center, slope, offset);
@@ -164,8 +164,8 @@ LDM_FUSED_INLINE LaneSums<A> sums_of_piece(const X* x, const Y* dy, A* kept, int
   Pack<A, kInRow> dz{}, dz_x{};
   int64_t i = 0;
   for (; i + kInRow * W <= n; i += kInRow * W) {
-    if (Silu) prefetch<kInRow>(x + ahead + i, W);  // as in apply_row
-    if (Silu) prefetch<kInRow>(dy + ahead + i, W);
+    prefetch<kInRow>(x + ahead + i, W);
+    prefetch<kInRow>(dy + ahead + i, W);
     const auto d = derivative<kInRow, X, Y, Silu>(x, dy, W, i, center, slope, offset);
     if (Keep) store(kept + i, W, d.dz);
     dz = dz + d.dz;
@@ -339,7 +339,7 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, con
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    if (Silu) prefetch<K>(x + columns.ahead + c, stride);  // as in apply_row
+    prefetch<K>(x + columns.ahead + c, stride);
     prefetch<K>(x + K * stride + c, stride);
     prefetch_to_write<K>(y + K * stride + c, stride);
     apply<K, X, Y, Silu>(x, y, stride, c, center, slope, offset);
@@ -372,8 +372,8 @@ LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, const
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    if (Silu) prefetch<K>(x + columns.ahead + c, stride);
-    if (Silu) prefetch<K>(dy + columns.ahead + c, stride);
+    prefetch<K>(x + columns.ahead + c, stride);
+    prefetch<K>(dy + columns.ahead + c, stride);
     prefetch<K>(x + K * stride + c, stride);
     prefetch<K>(dy + K * stride + c, stride);
     const auto d = derivative<K, X, Y, Silu>(x, dy, stride, c, center, slope, offset);
