@@ -44,12 +44,13 @@ def report_on(kernels, make_array):
     def forward(x):
         kernels.forward(x, 2, None, None, 1e-5, True, None, None, None, None)
 
-    forward(torch.ones(1, 4, 252))
+    pixels = 252 if kernels.name == "emulated" else 251  # no multiple of any vector: the rest is read one by one
+    forward(torch.ones(1, 4, pixels))
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(write, 2)
-        forward(torch.from_numpy(make_array()).view(1, 4, 252))
+        forward(torch.from_numpy(make_array()[:4 * pixels]).view(1, 4, pixels))
         os._exit(0)
     os.close(write)
     with open(read) as pipe:
