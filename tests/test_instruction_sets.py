@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_within_bound, make_case
 from small_cases import run
+from test_kernels import DTYPES  # of x and of y
 
 import ldm_fused
 
@@ -44,16 +45,6 @@ CHANNELS = 2**18 - 5  # in one call; no number of vectors
 NOT_FINITE = torch.tensor([float("nan"), float("inf"), -float("inf")])
 
 SHAPES = [((2, 20, 9, 15), 2), ((1, 640, 3, 5), 32), ((2, 64, 8, 8), 32)]
-DTYPES = [
-    (torch.float64, None),
-    (torch.float32, None),
-    (torch.float16, None),
-    (torch.bfloat16, None),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float16),
-    (torch.float32, torch.bfloat16),
-]
 
 
 # ---- What the program measures -----------------------------------------------------------------------------------

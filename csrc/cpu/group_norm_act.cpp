@@ -1,7 +1,7 @@
 // group_norm_act and its backward on the CPU: check, allocate, cut into units of work, run, register.
 //
-// Memory passes: each op walks the tensor twice, group by group (channels_last: sample by sample), so that a group that
-// fits the cache is read from memory once, and what is wanted next is prefetched while this group is computed. Backward
+// Memory passes: each op walks the tensor twice, group by group (channels_last: bundle of groups by bundle), so that one
+// that fits the cache is read from memory once, and what is wanted next is prefetched while this group is computed. Backward
 // keeps dz between its passes, where it fits a cache, so that the second has no exponential to compute. Work is cut
 // into chunks of fixed size and partial results are merged in their order, whichever threads computed them: the bits do
 // not depend on the number of threads.
@@ -114,7 +114,7 @@ void parallel_over(int64_t count, int64_t elements, const F& f) {
   torch::stable::parallel_for(0, count, grain, f);
 }
 
-// Parts are what has statistics of its own: groups, or samples in channels_last.
+// Parts are what has statistics of its own: groups, or bundles of them in channels_last.
 struct Parts {
   int64_t count, elements;            // elements of each
   int64_t first_units, second_units;  // of each, in the two passes
