@@ -115,6 +115,19 @@ def proc_fields(path: str) -> Dict[str, int]:
     return {name: int(value.split()[0]) << 10 for name, value in pairs}
 
 
+def keep_freed_memory() -> None:
+    """Has glibc hand freed memory out again rather than back to the system: whether a call pays the page faults of
+    fresh memory is otherwise a matter of what was freed before it. Tensors of 32 MiB and more pay them always: that is
+    the most that glibc lets one ask for."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def reset_peak(device) -> int:
     """Starts a new measurement of peak memory after giving back what is no longer used; returns what is in use."""
     gc.collect()

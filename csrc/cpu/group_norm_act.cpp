@@ -26,8 +26,8 @@ constexpr int64_t kChunk = 4096;         // elements that both steps of the stat
 constexpr int64_t kTile = 32768;         // elements that one call of a kernel walks
 constexpr int64_t kPixels = 65536;       // elements of the pixels that one call of a kernel walks twice
 constexpr int64_t kTogether = 8192;      // elements of small parts that go through each step together
-constexpr int64_t kNear = 262144;        // bytes of a group that the second-level cache holds beside the next one
-constexpr int64_t kNearBundle = 393216;  // the same of a bundle
+constexpr int64_t kNear = 589824;        // bytes of a group that is read from a cache again while the next one is prefetched
+constexpr int64_t kNearBundle = 393216;  // bytes of a bundle that the second-level cache holds beside the next one
 constexpr int64_t kGrain = 16384;        // elements worth a thread
 constexpr int64_t kKept = 4194304;       // elements of a part of which dz is kept from the sums to the input gradient
 
@@ -141,7 +141,7 @@ void two_passes(const Parts& parts, const First& first, const Merge& merge, cons
         }
         for (int64_t p = p0; p < p1; ++p) merge(p);
         for (int64_t p = p0; p < p1; ++p) {
-          for (int64_t unit = 0; unit < parts.second_units; ++unit) {
+          for (int64_t unit = parts.second_units; unit-- > 0;) {
             second(p, unit, scratch.data() + (p - p0) * parts.scratch);
           }
         }
@@ -152,17 +152,18 @@ void two_passes(const Parts& parts, const First& first, const Merge& merge, cons
     const Buffer<A> scratch(round * parts.scratch);
     for (int64_t p0 = 0; p0 < parts.count; p0 += round) {
       const int64_t p1 = std::min(p0 + round, parts.count);
-      const auto over_units = [&](int64_t units, const auto& f) {
+      const auto over_units = [&](int64_t units, bool backward, const auto& f) {
         const int64_t elements = parts.elements / std::max<int64_t>(1, units);
         parallel_over((p1 - p0) * units, elements, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
+          for (int64_t k = begin; k < end; ++k) {
+            const int64_t i = backward ? begin + end - 1 - k : k;
             f(p0 + i / units, i % units, scratch.data() + i / units * parts.scratch);
           }
         });
       };
-      over_units(parts.first_units, first);
+      over_units(parts.first_units, false, first);
       for (int64_t p = p0; p < p1; ++p) merge(p);
-      over_units(parts.second_units, second);
+      over_units(parts.second_units, true, second);
     }
   }
 }
@@ -187,15 +188,18 @@ struct Tiles {
   int64_t channels, spatial;
   Chunks rows, pieces;
   int64_t count;
-  int64_t ahead;  // what comes next: the next group, or what follows in one that no cache near the processor holds
+  bool near;      // whether a cache near the processor holds the group
+  int64_t ahead;  // what comes next: the next group, or what follows in one that is not near
 
-  Tiles(int64_t channels, int64_t spatial, int64_t itemsize)
+  // `bytes` are read of each element.
+  Tiles(int64_t channels, int64_t spatial, int64_t bytes)
       : channels(channels),
         spatial(spatial),
         rows(channels, std::max<int64_t>(1, kTile / spatial)),
         pieces(spatial, kTile),
         count(rows.count * pieces.count),
-        ahead(channels * spatial * itemsize <= kNear ? std::max(channels * spatial, kTogether) : 1024) {}
+        near(channels * spatial * bytes <= kNear),
+        ahead(near ? std::max(channels * spatial, kTogether) : 1024) {}
 
   Tile operator[](int64_t unit) const {
     const int64_t block = unit / pieces.count, piece = unit % pieces.count;
@@ -207,7 +211,8 @@ struct Tiles {
 };
 
 // A sample of channels_last memory cut into bundles of whole groups and cache lines that the second-level cache holds
-// beside the next one; where there are none, the whole sample.
+// beside the next one; where there are none, or no exponential to compute while the next one is prefetched, the whole
+// sample.
 struct Bundles {
   const Shape& shape;
   int64_t width, count;  // channels of each, but the last of a sample may be narrower
@@ -215,9 +220,9 @@ struct Bundles {
   Chunks pixels;         // that a kernel walks at once: no longer than a sum of floats, and about equally many
 
   // `bytes` are read of each element, in tensors of `itemsize`.
-  Bundles(const Shape& shape, int64_t itemsize, int64_t bytes)
+  Bundles(const Shape& shape, int64_t itemsize, int64_t bytes, bool silu)
       : shape(shape),
-        width(width_of(shape, itemsize, bytes)),
+        width(silu ? width_of(shape, itemsize, bytes) : shape.channels),
         count(ceil_div(shape.channels, width)),
         near(width * shape.spatial * bytes <= kNearBundle),
         pixels(shape.spatial, pixels_of(shape.spatial, std::clamp<int64_t>(kPixels / width, 16, kLongestSum))) {}
@@ -406,7 +411,7 @@ struct Forward {
 
   // Parts are bundles.
   void columns() const {
-    const Bundles bundles(shape, sizeof(X), sizeof(X));
+    const Bundles bundles(shape, sizeof(X), sizeof(X), silu);
     const int64_t sample_size = shape.channels * shape.spatial, chunks = bundles.pixels.count;
     const Buffer<A> means(shape.batch * chunks * shape.channels), m2s(shape.batch * chunks * shape.channels);
     AffineTable<A> table(shape);
@@ -512,7 +517,7 @@ struct Backward {
   // Parts are groups.
   void rows() {
     const int64_t in_group = shape.channels_per_group(), group_size = in_group * shape.spatial;
-    const Tiles tiles(in_group, shape.spatial, sizeof(X));
+    const Tiles tiles(in_group, shape.spatial, sizeof(X) + sizeof(Y));
     const Buffer<GradientSums<double>> partials(shape.rows() * tiles.pieces.count);
     const auto maps = [&](int64_t group, const Tiles::Tile& tile) {
       const int64_t n = group / shape.groups, c = group % shape.groups * in_group + tile.channel;
@@ -548,7 +553,7 @@ struct Backward {
 
   // Parts are bundles.
   void columns() {
-    const Bundles bundles(shape, sizeof(X), sizeof(X) + sizeof(Y));
+    const Bundles bundles(shape, sizeof(X), sizeof(X) + sizeof(Y), silu);
     const int64_t sample_size = shape.channels * shape.spatial, chunks = bundles.pixels.count;
     const int64_t in_group = shape.channels_per_group();
     const Buffer<A> partials(3 * shape.batch * chunks * shape.channels), k1(shape.rows()), k2(shape.rows());

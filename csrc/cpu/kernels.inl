@@ -319,7 +319,7 @@ void column_moments(const X* x, const Columns& columns, A* mean, A* m2) {
       off[c] = squares[c] = 0;
     }
     int64_t p = 0;
-    for (; p + kPixels <= pixels; p += kPixels) {
+    for (; columns.ahead && p + kPixels <= pixels; p += kPixels) {
       add_deviations<kPixels>(x + p * stride, stride, block, center, share, off, squares);
     }
     for (; p < pixels; ++p) add_deviations<1>(x + p * stride, stride, block, center, share, off, squares);
@@ -340,8 +340,8 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, con
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
     prefetch<K>(x + columns.ahead + c, stride);
-    prefetch<K>(x + K * stride + c, stride);
-    prefetch_to_write<K>(y + K * stride + c, stride);
+    prefetch<K>(x + kAhead * stride + c, stride);
+    prefetch_to_write<K>(y + kAhead / 2 * stride + c, stride);
     apply<K, X, Y, Silu>(x, y, stride, c, center, slope, offset);
   }
   for (int k = 0; c < columns.channels && k < K; ++k) {
@@ -352,9 +352,10 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, con
 template <class X, class Y, bool Silu, class A = Accumulate<X>>
 LDM_FUSED_INLINE void apply_columns(const X* x, Y* y, const Columns& columns, const ColumnAffine<A>& affine) {
   const int64_t stride = columns.stride;
+  constexpr int kStep = Silu ? kPixels : 1;  // in memory's order where there is nothing to wait for but memory
   int64_t p = 0;
-  for (; p + kPixels <= columns.pixels; p += kPixels) {
-    apply_pixels<kPixels, X, Y, Silu>(x + p * stride, y + p * stride, columns, affine);
+  for (; p + kStep <= columns.pixels; p += kStep) {
+    apply_pixels<kStep, X, Y, Silu>(x + p * stride, y + p * stride, columns, affine);
   }
   for (; p < columns.pixels; ++p) apply_pixels<1, X, Y, Silu>(x + p * stride, y + p * stride, columns, affine);
 }
