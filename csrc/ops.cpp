@@ -2,7 +2,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 
 STABLE_TORCH_LIBRARY(ldm_fused, m) {
   // y = act(group_norm(x + pre_bias) * (1 + scale) + shift), and the statistics (N, G) that backward needs.
@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
       "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool silu, "
       "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
+  // (x + residual + bias + residual_bias) * scale, all of x's dtype but the biases, which may be float32.
+  m.def(
+      "bias_add_residual(Tensor x, Tensor residual, Tensor? bias, Tensor? residual_bias, float scale) -> Tensor y");
+  // (C,): the sum of each channel over samples and pixels, in the dtype of arithmetic.
+  m.def("channel_sums(Tensor x) -> Tensor sums");
 }
 
 #ifndef LDM_FUSED_CUDA

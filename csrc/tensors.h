@@ -97,6 +97,14 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
+inline bool has_shape_of(const Tensor& t, const Tensor& x) {
+  if (t.dim() != x.dim()) return false;
+  for (int64_t axis = 0; axis < x.dim(); ++axis) {
+    if (t.size(axis) != x.size(axis)) return false;
+  }
+  return true;
+}
+
 inline Shape shape_of(const Tensor& x, int64_t num_groups) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must have at least 2 dimensions (N, C, *), got ", x.dim());
   Shape shape{x.size(0), x.size(1), 1, num_groups, !x.is_contiguous()};
@@ -113,6 +121,7 @@ inline Shape shape_of(const Tensor& x, int64_t num_groups) {
 // those that are not contiguous it keeps itself.
 class Parameters {
  public:
+  explicit Parameters(const Tensor& x) : x_(x) {}
   Parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& pre_bias,
              const OptionalTensor& scale, const OptionalTensor& shift)
       : x_(x) {
@@ -122,9 +131,9 @@ class Parameters {
               parameter(scale, "scale", true), parameter(shift, "shift", true)};
   }
 
-  Affine affine;
+  Affine affine{};
 
- private:
+  // (C,), or also (N, C).
   Parameter parameter(const OptionalTensor& t, const char* name, bool may_be_batched) {
     if (!t) return {};
     const int64_t batch = x_.size(0), channels = x_.size(1);
@@ -141,6 +150,7 @@ class Parameters {
     return {copies_.back().data_ptr(), dtype, batched ? channels : 0};
   }
 
+ private:
   const Tensor& x_;
   std::vector<Tensor> copies_;
 };
@@ -202,9 +212,7 @@ struct BackwardCall {
     check_pair(type, dy.scalar_type(), "dy");
     STD_TORCH_CHECK(same_device(dy, x) && same_device(mean, x) && same_device(rstd, x),
                     "dy, mean and rstd must be on x's device");
-    bool same_shape = dy.dim() == x.dim();
-    for (int64_t axis = 0; same_shape && axis < x.dim(); ++axis) same_shape = dy.size(axis) == x.size(axis);
-    STD_TORCH_CHECK(same_shape, "dy must have x's shape");
+    STD_TORCH_CHECK(has_shape_of(dy, x), "dy must have x's shape");
     for (const Tensor& t : {mean, rstd}) {
       STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == shape.batch && t.size(1) == shape.groups &&
                           t.scalar_type() == accumulate_type(type),
@@ -239,6 +247,49 @@ struct BackwardCall {
     if (is_empty()) torch::stable::zero_(out);
     return {out.data_ptr(), dtype_of(parameter->scalar_type(), "parameter"), sizes.size() == 2 ? shape.channels : 0};
   }
+};
+
+// Groups mean nothing here: a tensor is cut as if it had one.
+struct ResidualCall {
+  Tensor x, residual;  // as the kernels walk them, both alike
+  Parameters parameters;
+  Parameter bias, residual_bias;
+  Shape shape;
+  Dtype dtype;
+  Tensor y;
+
+  ResidualCall(const Tensor& x_, const Tensor& residual_, const OptionalTensor& bias_,
+               const OptionalTensor& residual_bias_)
+      : x(dense(x_)),
+        residual(laid_out_like(residual_, x)),
+        parameters(x),
+        bias(parameters.parameter(bias_, "bias", false)),
+        residual_bias(parameters.parameter(residual_bias_, "residual_bias", false)),
+        shape(shape_of(x, 1)),
+        dtype(dtype_of(x.scalar_type(), "x")) {
+    STD_TORCH_CHECK(has_shape_of(residual, x), "residual must have x's shape");
+    STD_TORCH_CHECK(residual.scalar_type() == x.scalar_type(), "residual must have x's dtype");
+    STD_TORCH_CHECK(same_device(residual, x), "residual must be on x's device");
+    y = empty_like(x, x.scalar_type());
+  }
+
+  bool is_empty() const { return shape.elements() == 0; }
+};
+
+struct ChannelSumsCall {
+  Tensor x;  // as the kernels walk it
+  Shape shape;
+  Dtype dtype;
+  Tensor sums;
+
+  explicit ChannelSumsCall(const Tensor& input)
+      : x(dense(input)), shape(shape_of(x, 1)), dtype(dtype_of(x.scalar_type(), "x")) {
+    const int64_t sizes[] = {shape.channels};
+    sums = empty(sizes, accumulate_type(x.scalar_type()), x);
+    if (is_empty()) torch::stable::zero_(sums);
+  }
+
+  bool is_empty() const { return shape.elements() == 0; }
 };
 
 }  // namespace ldm_fused

@@ -1,13 +1,14 @@
 """Fused GroupNorm + SiLU (swish) and ResNet blocks for latent diffusion models."""
 
 from . import ops, reference
-from .functional import group_norm_act, group_norm_silu
+from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
 
 __all__ = [
     "FusedResnetBlock",
     "GroupNormSiLU",
     "UnsupportedBlock",
+    "bias_add_residual",
     "build_info",
     "group_norm_act",
     "group_norm_silu",

@@ -1,4 +1,4 @@
-"""The fused op: :func:`group_norm_act` and :func:`group_norm_silu`."""
+"""The fused ops: :func:`group_norm_act`, :func:`group_norm_silu` and :func:`bias_add_residual`."""
 
 import math
 import numbers
@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
 
-__all__ = ["group_norm_act", "group_norm_silu"]
+__all__ = ["bias_add_residual", "group_norm_act", "group_norm_silu"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
@@ -133,6 +133,58 @@ def run(a: ops.Arguments) -> Tensor:
     return ops.below_autograd(*a)[0]
 
 
+def bias_add_residual(
+    x: Tensor,
+    residual: Tensor,
+    bias: Optional[Tensor] = None,
+    residual_bias: Optional[Tensor] = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``(x + bias + residual + residual_bias) * scale`` in one op: the end of a ResNet block.
+
+    Args:
+        x: (N, C, \\*), of the dtypes and layouts that :func:`group_norm_silu` takes.
+        residual: of x's shape and device. In x's memory format it is used as it is.
+        bias: (C,), in x's dtype, or float32 with a 16-bit x: of the convolution that gave x.
+        residual_bias: (C,), likewise in the residual's dtype or float32.
+        scale: the output's factor, as ``1 / output_scale_factor`` in diffusers.
+
+    Returns:
+        A new tensor of x's shape and memory format, in the dtype that ``x + residual`` has. Arithmetic is in float32
+        (float64 for float64) and rounded once. Where the two dtypes differ the op is composed of PyTorch ops. Nothing
+        is kept for the backward pass, which reads the gradient once for both biases.
+
+    Raises:
+        RuntimeError, TypeError, NotImplementedError: for other shapes, dtypes, devices or layouts than these.
+    """
+    tensors = (x, residual, bias, residual_bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(bias_add_residual, tensors, x, residual, bias, residual_bias, scale)
+    _check_input(x)
+    _check_input(residual, "residual")
+    if residual.shape != x.shape:
+        raise RuntimeError(f"residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
+    if residual.device != x.device:
+        raise RuntimeError(f"residual must be on x's device {x.device}, got {residual.device}")
+    channels = (x.shape[1],)
+    if bias is not None:
+        _check_parameter(bias, "bias", x.dtype, x.device, channels, None)
+    if residual_bias is not None:
+        _check_parameter(residual_bias, "residual_bias", residual.dtype, x.device, channels, None)
+    a = ops.ResidualArguments(x, residual, bias, residual_bias, _number(scale, "scale"))
+    if x.device.type not in _KERNEL_DEVICES:
+        _warn_without_kernels(x.device.type)
+        return ops.composed_residual(a)
+    if x.dtype != residual.dtype or ops.in_transform():
+        return ops.composed_residual(a)
+    if torch.compiler.is_compiling():
+        return ops.bias_add_residual(*a)
+    if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():
+        return ops.BiasAddResidual.apply(*a)
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.bias_add_residual(*a)
+
+
 def is_autocast(x) -> bool:
     """Whether autocast is on where x lives."""
     if not isinstance(x, Tensor):
@@ -165,15 +217,8 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
 
     The types of exceptions are those of ``F.group_norm``, odd as some are.
     """
-    if not isinstance(x, Tensor):
-        raise AttributeError(f"x must be a Tensor, got {type(x).__name__}")
+    _check_input(x)
     shape, dtype, device = x.shape, x.dtype, x.device
-    if len(shape) < 2:
-        raise RuntimeError(f"x must have at least 2 dimensions (N, C, *), got shape {list(shape)}")
-    if dtype not in _DTYPES:
-        raise NotImplementedError(f"x must be float32, float16, bfloat16 or float64, got {dtype}")
-    if x.layout is not torch.strided:
-        raise NotImplementedError(f"x must be a strided tensor, got layout {x.layout}")
     if type(num_groups) is not int and not isinstance(num_groups, torch.SymInt):
         num_groups = _integer(num_groups)
     if num_groups < 1:
@@ -205,6 +250,22 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
     return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
 
 
+def takes_beside(dtype: torch.dtype, x_dtype: torch.dtype) -> bool:
+    """Whether parameters may have ``dtype`` beside an x of ``x_dtype``."""
+    return dtype == x_dtype or (dtype == torch.float32 and x_dtype in (torch.float16, torch.bfloat16))
+
+
+def _check_input(x, name="x"):
+    if not isinstance(x, Tensor):
+        raise AttributeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if len(x.shape) < 2:
+        raise RuntimeError(f"{name} must have at least 2 dimensions (N, C, *), got shape {list(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise NotImplementedError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise NotImplementedError(f"{name} must be a strided tensor, got layout {x.layout}")
+
+
 def _check_parameter(t, name, dtype, device, shape, batched_shape):
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor or None, got {type(t).__name__}")
@@ -212,7 +273,7 @@ def _check_parameter(t, name, dtype, device, shape, batched_shape):
         expected = " or ".join(str(list(s)) for s in (shape, batched_shape) if s is not None)
         raise RuntimeError(f"{name} must have shape {expected}, as x has {(shape or batched_shape)[-1]} channels, "
                            f"got {list(t.shape)}")
-    if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)):
+    if not takes_beside(t.dtype, dtype):
         expected = f"x's dtype {dtype}" + (" or torch.float32" if dtype.itemsize == 2 else "")
         raise RuntimeError(f"{name} must have {expected}, got {t.dtype}")
     if t.device != device:

@@ -99,40 +99,83 @@ class FusedResnetBlock(reference.ResnetBlock):
             if not hasattr(self, "temb_proj"):
                 raise ValueError("temb was given to a block without temb_proj: construct it with temb_channels > 0")
             temb = self.temb_proj(reference.swish(temb))
+        bias1, bias2 = bias_left(self.conv1, x), bias_left(self.conv2, x)
         if self.recompute and torch.is_grad_enabled() and not (ops.in_transform() or torch.compiler.is_exporting()):
             # The recomputation stops at what the convolution saves, its input: convolutions run once.
-            h = checkpoint(self._first_half, x, use_reentrant=False)
-            h = checkpoint(self._second_half, h, temb, use_reentrant=False)
+            h = checkpoint(self._first_half, x, bias1, use_reentrant=False)
+            h = checkpoint(self._second_half, h, temb, bias1, bias2, use_reentrant=False)
         else:
-            h = self._second_half(self._first_half(x), temb)
+            h = self._second_half(self._first_half(x, bias1), temb, bias1, bias2)
+        shortcut_bias = None
         if self.in_channels != self.out_channels:
-            x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
-        return x + h
+            shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
+            shortcut_bias = bias_left(shortcut, x)
+            x = convolution(shortcut, x, shortcut_bias)
+        if bias2 is None and shortcut_bias is None:
+            return x + h
+        return functional.bias_add_residual(x, h, shortcut_bias, bias2)  # in this order: the result's layout is x's
 
-    def _first_half(self, x: Tensor) -> Tensor:
-        return self.conv1(norm_swish(self.norm1, x, into=self.conv1))
+    def _first_half(self, x: Tensor, bias1: Optional[Tensor]) -> Tensor:
+        return convolution(self.conv1, norm_swish(self.norm1, x, into=self.conv1), bias1)
 
-    def _second_half(self, h: Tensor, temb: Optional[Tensor]) -> Tensor:
+    def _second_half(
+        self, h: Tensor, temb: Optional[Tensor], bias1: Optional[Tensor], bias2: Optional[Tensor]
+    ) -> Tensor:
         into = None if self.dropout.training and self.dropout.p else self.conv2
-        return self.conv2(self.dropout(norm_swish(self.norm2, h, pre_bias=temb, into=into)))
+        h = norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1, into=into)
+        return convolution(self.conv2, self.dropout(h), bias2)
 
 
 # Classes whose forward is known to be the reference block's, by identity: a subclass may compute something else.
 KNOWN_CLASSES = {reference.ResnetBlock, FusedResnetBlock}
 
 
-def norm_swish(
-    norm: nn.GroupNorm, x: Tensor, *, pre_bias: Optional[Tensor] = None, into: Optional[nn.Module] = None
-) -> Tensor:
-    """``swish(norm(x + pre_bias))``: in one op if ``norm`` is pristine, else by calling it.
+def bias_left(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
+    """The bias that :func:`convolution` leaves to the op that reads its output; None where the convolution adds it.
 
-    ``pre_bias`` is (N, C), in x's dtype. ``into`` is the convolution that takes the result: under autocast the op
-    stores right in the dtype that a plain convolution would cast it to.
+    On CUDA PyTorch adds a convolution's bias in a kernel of its own, which reads and writes the whole tensor; on a CPU
+    the convolution adds it on the way.
     """
-    if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):  # promoted or broadcast
-        x, pre_bias = x + pre_bias[:, :, None, None], None
+    if not _has_separate_bias(x) or ops.in_transform() or pristine.why_not(conv, nn.Conv2d, x.device) is not None:
+        return None
+    bias, out_dtype = conv.bias, conv.weight.dtype
+    if functional.is_autocast(x) and out_dtype != torch.float64:
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+    return bias if bias is not None and functional.takes_beside(bias.dtype, out_dtype) else None
+
+
+def _has_separate_bias(x: Tensor) -> bool:
+    return x.is_cuda and ops.HAS_CUDA
+
+
+def convolution(conv: nn.Module, x: Tensor, left: Optional[Tensor]) -> Tensor:
+    """``conv(x)``, without the bias if that was ``left``."""
+    return conv(x) if left is None else conv._conv_forward(x, conv.weight, None)
+
+
+def norm_swish(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    *,
+    pre_bias: Optional[Tensor] = None,
+    conv_bias: Optional[Tensor] = None,
+    into: Optional[nn.Module] = None,
+) -> Tensor:
+    """``swish(norm(x + conv_bias + pre_bias))``: in one op if ``norm`` is pristine, else by calling it.
+
+    ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out. ``into`` is the convolution that
+    takes the result: under autocast the op stores right in the dtype that a plain convolution would cast it to.
+    """
+    odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
+    if odd or pristine.why_not_norm(norm, x) is not None:
+        if conv_bias is not None:
+            x, conv_bias = x + reference.per_channel(conv_bias, x).to(x.dtype), None
+        if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
+            x, pre_bias = x + pre_bias[:, :, None, None], None
     if pristine.why_not_norm(norm, x) is not None:
-        return reference.swish(norm(x if pre_bias is None else x + pre_bias[:, :, None, None]))
+        return reference.swish(norm(x))
+    if conv_bias is not None:
+        pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
     dtype = _autocast_dtype_of_convolution(x, into)
     if dtype is None:
         return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias)

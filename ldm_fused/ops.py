@@ -28,6 +28,9 @@ group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
 # Without a fake kernel, so that whatever is no plain CPU tensor is refused.
 group_norm_act_inference = torch.ops.ldm_fused.group_norm_act_inference.default
 
+bias_add_residual = torch.ops.ldm_fused.bias_add_residual.default
+channel_sums = torch.ops.ldm_fused.channel_sums.default
+
 HAS_CUDA = bool(_C.build_info()["cuda"])
 
 if os.environ.get("LDM_FUSED_CPU_ISA", "") not in ("", *_C.build_info()["cpu_isas"].split(";")):
@@ -70,6 +73,28 @@ class Arguments(NamedTuple):
     def gradients(dx, dweight, dbias, dpre_bias, dscale, dshift):
         """A gradient for each argument, as autograd wants them."""
         return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None
+
+
+class ResidualArguments(NamedTuple):
+    """The arguments of bias_add_residual, in its schema's order."""
+
+    x: Tensor
+    residual: Tensor
+    bias: Optional[Tensor]
+    residual_bias: Optional[Tensor]
+    scale: float
+
+    @property
+    def requires_grad(self):
+        return any(t is not None and t.requires_grad for t in self[:4])
+
+
+def composed_residual(a: ResidualArguments) -> Tensor:
+    """bias_add_residual from PyTorch ops, also where the two tensors' dtypes differ and the result's is promoted."""
+    out_dtype = torch.promote_types(a.x.dtype, a.residual.dtype)
+    dtype = accumulate_dtype(out_dtype)
+    y = reference.bias_add_residual(*(t if t is None else t.to(dtype) for t in a[:4]), a.scale)
+    return y.to(out_dtype)
 
 
 def composed(a: Arguments) -> Tensor:
@@ -160,6 +185,42 @@ def _backward(ctx, dy, dmean, drstd):
 torch.library.register_autograd("ldm_fused::group_norm_act", _backward, setup_context=_setup_context)
 
 
+def _residual_setup(ctx, inputs, output):
+    """Nothing of the tensor's size is kept."""
+    _, _, bias, residual_bias, scale = inputs
+    ctx.constants = *(None if b is None else b.dtype for b in (bias, residual_bias)), scale
+
+
+def _residual_backward(ctx, dy):
+    bias_dtype, residual_bias_dtype, scale = ctx.constants
+    dx = dy if scale == 1.0 else dy * scale
+    dbias = dresidual_bias = None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        if torch.is_grad_enabled() or in_transform():
+            sums = dy.to(accumulate_dtype(dy.dtype)).sum([axis for axis in range(dy.dim()) if axis != 1])
+        else:
+            sums = channel_sums(dy)
+        sums = sums * scale
+        dbias = sums.to(bias_dtype) if ctx.needs_input_grad[2] else None
+        dresidual_bias = sums.to(residual_bias_dtype) if ctx.needs_input_grad[3] else None
+    return dx, dx, dbias, dresidual_bias, None
+
+
+class BiasAddResidual(torch.autograd.Function):
+    """bias_add_residual for eager mode, as GroupNormAct is."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _residual_setup(ctx, arguments, None)
+        with torch._C._AutoDispatchBelowAutograd():
+            return bias_add_residual(*arguments)
+
+    backward = staticmethod(_residual_backward)
+
+
+torch.library.register_autograd("ldm_fused::bias_add_residual", _residual_backward, setup_context=_residual_setup)
+
+
 # ---- Fake kernels ----------------------------------------------------------------------------------------------
 
 
@@ -187,3 +248,13 @@ def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask
 
     dx = torch.empty_like(_dense(x)) if output_mask[0] else x.new_empty((0,))
     return (dx, *(gradient(p, wanted) for p, wanted in zip((weight, bias, pre_bias, scale, shift), output_mask[1:])))
+
+
+@torch.library.register_fake("ldm_fused::bias_add_residual")
+def _(x, residual, bias, residual_bias, scale):
+    return torch.empty_like(_dense(x))
+
+
+@torch.library.register_fake("ldm_fused::channel_sums")
+def _(x):
+    return x.new_empty((x.shape[1],), dtype=accumulate_dtype(x.dtype))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ResnetBlock", "group_norm_act", "swish"]
+__all__ = ["ResnetBlock", "bias_add_residual", "group_norm_act", "swish"]
 
 
 def swish(x: Tensor) -> Tensor:
@@ -50,6 +50,21 @@ def group_norm_act(
     if activation is not None:
         h = swish(h)
     return F.dropout(h, dropout_p) if dropout_p else h
+
+
+def bias_add_residual(
+    x: Tensor,
+    residual: Tensor,
+    bias: Optional[Tensor] = None,
+    residual_bias: Optional[Tensor] = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """What :func:`ldm_fused.bias_add_residual` computes, one PyTorch op at a time."""
+    if bias is not None:
+        x = x + per_channel(bias, x)
+    if residual_bias is not None:
+        residual = residual + per_channel(residual_bias, residual)
+    return (x + residual) * scale
 
 
 class ResnetBlock(nn.Module):

@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutants"  # the kernels with all mistakes in them, to be switched on
 SELECTION = """every_tier and not bfloat16-None or any_tier or every_device and 32-dtype or counts_are and T4 or
 smaller_size or same_bits_in_every and (clusters or default) or emulated and (float32-None or optional or one_gradient
-or large_mean or misaligned) and not (64-64 or 16385)""".replace("\n", " ")
+or large_mean or misaligned) and not (64-64 or 16385) or test_residual and (emulated and (float32 or optional) or
+as_planned) and not 16385""".replace("\n", " ")
 TESTS = ["-x", "-q", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py", "tests/test_traffic.py",
-         "tests/test_kernels.py", "-k", SELECTION]
+         "tests/test_kernels.py", "tests/test_residual.py", "-k", SELECTION]
 # The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
 FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
 PATIENCE = 4  # how many times what the tests take without a mutant; other runs share the machine

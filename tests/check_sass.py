@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # that are not aligned, or whose rows are no multiple of 16 bytes, and is narrow for that reason. V > 1 is planned only
 # where every vector is whole: none of its loops has a reason for a narrow access, and the one that takes what an
 # unrolled loop leaves over is judged like it.
-STREAMING = r"(statistics|sums|(?P<writes>apply|input_gradient))_(rows|columns)"
+STREAMING = r"(statistics|sums|channel_sums|(?P<writes>apply|input_gradient|residual))_(rows|columns)"
 # Those that also do all that is between: vectors stream in some of their loops, others run once an item and are narrow.
 # The numbers, see judge_resident(): at least so many places load 16 bytes, at least so many store them, and at most so
 # many asides are narrow. The first name that matches counts; its arguments end in V (never 1), columns and grid. Who
@@ -54,10 +54,10 @@ RESIDENT = {
     r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
 }
 # Those that see only partial results and parameters.
-SMALL = r"merge_statistics|merge_sums|parameter_gradients"
+SMALL = r"merge_statistics|merge_sums|merge_channel_sums|parameter_gradients"
 
 WIDE = 16  # bytes
-MOST_KERNELS = 199  # each costs a third of a second of nvcc and 50 KB, for every architecture
+MOST_KERNELS = 220  # each costs a third of a second of nvcc and 50 KB, for every architecture
 
 
 def known_places(name):

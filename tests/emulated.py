@@ -33,7 +33,7 @@ SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors
 _default = DEVICES[os.environ["LDM_FUSED_EMULATED_DEVICE"]] if "LDM_FUSED_EMULATED_DEVICE" in os.environ else SMALL
 
 _schemas = torch.library.Library("ldm_fused_emulated", "DEF")
-for _op in (ops.group_norm_act, ops.group_norm_act_backward):
+for _op in (ops.group_norm_act, ops.group_norm_act_backward, ops.bias_add_residual, ops.channel_sums):
     _schemas.define(str(_op._schema).removeprefix("ldm_fused::"))
 
 _library = build.load("library")  # registers the kernels
@@ -42,6 +42,8 @@ _library.set_device(**_current)
 
 group_norm_act = torch.ops.ldm_fused_emulated.group_norm_act.default
 group_norm_act_backward = torch.ops.ldm_fused_emulated.group_norm_act_backward.default
+bias_add_residual = torch.ops.ldm_fused_emulated.bias_add_residual.default
+channel_sums = torch.ops.ldm_fused_emulated.channel_sums.default
 
 
 @contextmanager
@@ -96,3 +98,12 @@ def plan_forward(x, num_groups, *, out_dtype=None, aligned=True, parameter_bytes
 def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, parameter_bytes=4, sums=2):
     return _library.plan_backward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
                                   _dtype(dy_dtype or x.dtype), aligned, parameter_bytes, sums)
+
+
+def plan_residual(x, *, bias_bytes=4):
+    """The plan for x and a residual. ``bias_bytes``: of one channel's biases, by default two of 16 bits."""
+    return _library.plan_residual(_sizes(x), not x.is_contiguous(), _dtype(x.dtype), bias_bytes)
+
+
+def plan_channel_sums(x):
+    return _library.plan_channel_sums(_sizes(x), not x.is_contiguous(), _dtype(x.dtype))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from oracle import GRADIENTS, assert_within_bound, eager, make_case, oracle
 
-import ldm_fused  # noqa: F401  (registers the ops)
+from ldm_fused import reference
 
 SHAPES = [
     ((2, 64, 8, 8), 32),  # a few threads a row, vectors
@@ -65,13 +65,26 @@ def run(case):
     return {"y": y, **dict(zip(GRADIENTS, gradients))}
 
 
+def check_residual(case):
+    """The case's x as the sum's both terms, its bias as both biases, and its channels' sums."""
+    x, bias = case.x, case.bias
+    y, sums = torch.ops.ldm_fused.bias_add_residual(x, x, bias, bias, 0.5), torch.ops.ldm_fused.channel_sums(x)
+    exact = x.cpu().double() + reference.per_channel(bias.cpu().double(), x)
+    torch.testing.assert_close(y.cpu().double(), exact, rtol=2 * torch.finfo(x.dtype).eps, atol=1e-6)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    scale = x.cpu().double().abs().sum(axes).max().item()
+    torch.testing.assert_close(sums.cpu().double(), x.cpu().double().sum(axes), rtol=0, atol=1e-6 * scale)
+
+
 def run_all(device, shapes=SHAPES):
     """Runs and checks every case; returns how many there were."""
     count = 0
     for case in cases(shapes):
         expected, baseline = oracle(case), eager(case)
         for offset in (0, 1):  # one element off, there are no aligned vectors
-            assert_within_bound(case, run(on(device, case, offset)), expected, baseline)
+            moved = on(device, case, offset)
+            assert_within_bound(case, run(moved), expected, baseline)
+            check_residual(moved)
             count += 1
     return count
 

@@ -5,14 +5,25 @@ import inspect
 import pickle
 import threading
 
+import conftest
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, reference
+from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, modules, reference
 from ldm_fused.compat import ldm
+
+
+@pytest.fixture(params=["cpu", "cpu as CUDA", "cuda"])
+def device(request, monkeypatch):
+    """Where a block lives. "cpu as CUDA" leaves the convolutions' biases to the fused ops, as is done on CUDA."""
+    if request.param == "cpu as CUDA":
+        monkeypatch.setattr(modules, "_has_separate_bias", lambda x: True)
+        return "cpu"
+    return conftest.cuda() if request.param == "cuda" else "cpu"
+
 
 CONFIGURATIONS = {
     "identity": dict(in_channels=32, dropout=0.0),
@@ -349,6 +360,32 @@ def test_wrapped_convolutions_and_replaced_dropout_are_called():
         b.conv1, b.dropout = adapter, Half()
     x = torch.randn(2, 32, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(fused(x), block(x))
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "nin_shortcut", "norm2"])
+def test_hooked_parts_are_called_whoever_adds_the_biases(device, name):
+    block, fused = pair(device, torch.float64, **CONFIGURATIONS["time embedding"])
+    seen = []
+    for b in (block, fused):
+        getattr(b, name).register_forward_hook(lambda module, args, output: seen.append(output) or 2 * output)
+    x, temb = inputs(block, device, torch.float64)
+    dy = torch.randn_like(block(x, temb))
+    for ours, theirs in zip(results(fused, x, temb, dy), results(block, x, temb, dy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(seen) == 3
+    torch.testing.assert_close(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apart(left, monkeypatch):
+    """On a CPU oneDNN adds them on the way, and the block ends in an ordinary sum."""
+    if left:
+        monkeypatch.setattr(modules, "_has_separate_bias", lambda x: True)
+    calls, add = [], functional.bias_add_residual
+    monkeypatch.setattr(functional, "bias_add_residual", lambda *a: calls.append(a) or add(*a))
+    _, fused = pair(**CONFIGURATIONS["1x1 shortcut"])
+    fused(torch.randn(2, 32, 5, 5))
+    assert [biases for _, _, *biases in calls] == ([[fused.nin_shortcut.bias, fused.conv2.bias]] if left else [])
 
 
 # ---- from_module -------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@
 // and include kernels.inl, so that one binary, built anywhere, uses what the processor at hand has.
 #pragma once
 
-#include <string>
-
 #include "problem.h"
 
 namespace ldm_fused {
@@ -83,6 +81,10 @@ struct Kernels {
   void (*columns_sum_x)(const X* x, const Columns&, const A* center, A* sum_x);
   void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, const Columns&, const ColumnAffine<A>&,
                                  const A* k1, const A* k2, bool silu);
+
+  // y = (x + residual + bias) * scale; `bias` is an array over rows, or over channels.
+  void (*rows_residual)(const X* x, const X* residual, X* y, const Rows&, const A* bias, A scale);
+  void (*columns_residual)(const X* x, const X* residual, X* y, const Columns&, const A* bias, A scale);
 };
 
 // Each instruction set's kernels. baseline is what the compiler targets without being told; avx512_bf16 has those only
@@ -103,9 +105,6 @@ namespace avx512_bf16 {
 template <class X, class Y>
 Kernels<X, Y> kernels();
 }
-
-const char* isa();   // the instruction set in use, by its name above
-std::string isas();  // those that this processor has, with semicolons between them
 
 }  // namespace cpu
 }  // namespace ldm_fused

@@ -420,9 +420,15 @@ void columns_sums(const X* x, const Y* dy, A* kept, const Columns& columns, cons
 
 template <class X, class A = Accumulate<X>>
 void columns_sum_x(const X* x, const Columns& columns, const A* center, A* sum_x) {
+  constexpr int W = kLanes<A>;
   for (int64_t c = 0; c < columns.channels; ++c) sum_x[c] = 0;
   for (int64_t p = 0; p < columns.pixels; ++p, x += columns.stride) {
-    for (int64_t c = 0; c < columns.channels; ++c) sum_x[c] += widen(x[c]) - center[c];
+    int64_t c = 0;
+    for (; c + W <= columns.channels; c += W) {
+      prefetch<1>(x + kAhead * columns.stride + c, 0);
+      store(sum_x + c, load(sum_x + c) + (load(x + c) - load(center + c)));
+    }
+    for (; c < columns.channels; ++c) sum_x[c] += widen(x[c]) - center[c];
   }
 }
 
@@ -470,12 +476,41 @@ void columns_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, const
   }
 }
 
+// ---- Residual -------------------------------------------------------------------------------------------------
+
+// y = (x + residual + bias) * scale over a run.
+template <class X, class Source, class A = Accumulate<X>>
+LDM_FUSED_INLINE void add_residual(const X* x, const X* residual, X* y, int64_t n, Source bias, A scale) {
+  constexpr int W = kLanes<A>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(y + i, (load(x + i) + load(residual + i) + bias.at(i)) * scale);
+  if (const int rest = int(n - i)) {
+    const Vector<A> sum = load_part<X>(x + i, rest, 0) + load_part<X>(residual + i, rest, 0) + bias.part(i, rest);
+    store_part<X>(y + i, sum * scale, rest);
+  }
+}
+
+template <class X, class A = Accumulate<X>>
+void rows_residual(const X* x, const X* residual, X* y, const Rows& rows, const A* bias, A scale) {
+  for (int64_t row = 0, at = 0; row < rows.count; ++row, at += rows.stride) {
+    add_residual(x + at, residual + at, y + at, rows.length, SameForAll<A>(bias[row]), scale);
+  }
+}
+
+template <class X, class A = Accumulate<X>>
+void columns_residual(const X* x, const X* residual, X* y, const Columns& columns, const A* bias, A scale) {
+  for (int64_t p = 0, at = 0; p < columns.pixels; ++p, at += columns.stride) {
+    add_residual(x + at, residual + at, y + at, columns.channels, Along<A>{bias}, scale);
+  }
+}
+
 // ---- Table ----------------------------------------------------------------------------------------------------
 
 template <class X, class Y>
 Kernels<X, Y> kernels() {
   return {row_moments<X>,    rows_apply<X, Y>,    rows_sums<X, Y>,    rows_sum_x<X>,    rows_input_gradient<X, Y>,
-          column_moments<X>, columns_apply<X, Y>, columns_sums<X, Y>, columns_sum_x<X>, columns_input_gradient<X, Y>};
+          column_moments<X>, columns_apply<X, Y>, columns_sums<X, Y>, columns_sum_x<X>, columns_input_gradient<X, Y>,
+          rows_residual<X>,  columns_residual<X>};
 }
 
 #ifndef LDM_FUSED_AVX512_BF16

@@ -1,39 +1,13 @@
 // group_norm_act and its backward on CUDA: check, allocate, plan, launch, register.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
+#include "cuda/call.h"
 #include "cuda/resident_backward.cuh"
 #include "cuda/resident_forward.cuh"
 #include "cuda/two_pass_backward.cuh"
 #include "cuda/two_pass_forward.cuh"
-#include "tensors.h"
-
-// Only a CUDA torch has it: weak, so that this binary loads under a CPU-only torch too, where nothing here is called.
-#pragma weak aoti_torch_get_current_cuda_stream
 
 namespace ldm_fused {
 namespace cuda {
 namespace {
-
-cudaStream_t current_stream(const Tensor& on) {
-  void* stream;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
-}
-
-Device device_of(const Tensor& t) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, t.get_device_index()), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrClusterLaunch) ? kLargestCluster : 1};
-}
 
 // Calls attempt(device), which plans and launches, until its plan fits: a device may have room for fewer blocks side by
 // side than its properties say.
@@ -46,13 +20,6 @@ void launch_what_fits(Device device, const char* what, F&& attempt) {
     const bool cluster = plan.residence.exchange == Exchange::cluster;
     (cluster ? device.max_cluster : device.shared_per_block) = cluster ? plan.residence.team / 2 : 0;
   }
-}
-
-bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
-
-// Allocated on the current stream and freed in its order: safe under graph capture and on concurrent streams.
-Tensor workspace(int64_t elements, const Tensor& like) {
-  return empty({elements}, accumulate_type(like.scalar_type()), like);
 }
 
 // Elements of the workspace for partial results: two passes keep `partial` of each channel's chunk; what the teams of a

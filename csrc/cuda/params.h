@@ -38,4 +38,22 @@ struct BackwardParams {
   bool silu;
 };
 
+struct ResidualParams {
+  const void* x;                  // in, dtype X
+  const void* residual;           // in, dtype X, same layout
+  void* y;                        // out, dtype X, same layout
+  Parameter bias, residual_bias;  // in, (C,)
+  Shape shape;
+  Tiling tiling;
+  double scale;
+};
+
+struct ChannelSumsParams {
+  const void* x;   // in, dtype X
+  void* partials;  // workspace: the sum of a channel's chunk, of Accumulate<X>
+  void* sums;      // out, (C,) of Accumulate<X>
+  Shape shape;
+  Tiling tiling;
+};
+
 }  // namespace ldm_fused

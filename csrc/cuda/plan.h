@@ -89,4 +89,27 @@ inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, i
   return plan;
 }
 
+// A kernel that streams over tensors once.
+struct Streaming {
+  Tiling tiling;
+  int64_t bytes_read, bytes_written;  // predicted, as a Plan's
+};
+
+// bias_add_residual: reads x and the residual, writes y. `bias_bytes`: of both biases of one channel.
+inline Streaming plan_residual(const Shape& shape, Dtype x, bool aligned, int64_t bias_bytes, const Device& device) {
+  Streaming plan{tile(shape, vector_of(size_of(x)), aligned, device)};
+  plan.bytes_read = 2 * size_of(x) * shape.elements() + channel_reads(shape, plan.tiling, bias_bytes, 0);
+  plan.bytes_written = size_of(x) * shape.elements();
+  return plan;
+}
+
+// channel_sums: reads x, writes a sum a channel.
+inline Streaming plan_channel_sums(const Shape& shape, Dtype x, bool aligned, const Device& device) {
+  Streaming plan{tile(shape, vector_of(size_of(x)), aligned, device)};
+  const int64_t sa = x == Dtype::float64 ? 8 : 4, partials = sa * partials_of(shape, plan.tiling);
+  plan.bytes_read = size_of(x) * shape.elements() + partials;
+  plan.bytes_written = partials + sa * shape.channels;
+  return plan;
+}
+
 }  // namespace ldm_fused

@@ -84,6 +84,7 @@ AOTITorchError default_stream(int32_t /*device_index*/, void** stream) {
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(name, key, m) _STABLE_TORCH_LIBRARY_IMPL(ldm_fused_emulated, CPU, m, C10_UID)
 
+#include "cuda/bias_add_residual.cu"
 #include "cuda/group_norm_act.cu"
 
 // ---- Python ------------------------------------------------------------------------------------------------------
@@ -159,6 +160,14 @@ py::dict as_dict(const Plan& plan) {
   return d;
 }
 
+py::dict as_dict(const Streaming& plan) {
+  py::dict d;
+  d["tiling"] = as_dict(plan.tiling);
+  d["bytes_read"] = plan.bytes_read;
+  d["bytes_written"] = plan.bytes_written;
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(library, m) {
@@ -191,6 +200,12 @@ PYBIND11_MODULE(library, m) {
                            const std::string& y, bool aligned, int64_t parameter_bytes) {
     return as_dict(plan_forward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(y), aligned,
                                 parameter_bytes, device()));
+  });
+  m.def("plan_residual", [](const Sizes& sizes, bool channels_last, const std::string& x, int64_t bias_bytes) {
+    return as_dict(plan_residual(shape_of(sizes, 1, channels_last), ::dtype_of(x), true, bias_bytes, device()));
+  });
+  m.def("plan_channel_sums", [](const Sizes& sizes, bool channels_last, const std::string& x) {
+    return as_dict(plan_channel_sums(shape_of(sizes, 1, channels_last), ::dtype_of(x), true, device()));
   });
   m.def("plan_backward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
                             const std::string& dy, bool aligned, int64_t parameter_bytes, int sums) {

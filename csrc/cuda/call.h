@@ -1,0 +1,45 @@
+// What every op's launcher asks of torch and of the device.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/plan.h"
+#include "tensors.h"
+
+// Only a CUDA torch has it: weak, so that this binary loads under a CPU-only torch too, where nothing here is called.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace ldm_fused {
+namespace cuda {
+
+inline cudaStream_t current_stream(const Tensor& on) {
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
+}
+
+inline Device device_of(const Tensor& t) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, t.get_device_index()), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrClusterLaunch) ? kLargestCluster : 1};
+}
+
+inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
+
+// Allocated on the current stream and freed in its order: safe under graph capture and on concurrent streams.
+inline Tensor workspace(int64_t elements, const Tensor& like) {
+  return empty({elements}, accumulate_type(like.scalar_type()), like);
+}
+
+}  // namespace cuda
+}  // namespace ldm_fused
