@@ -1,0 +1,106 @@
+"""Data-parallel training on two gloo processes: DDP and FSDP2 give the gradients that one process has.
+
+This file is a program too, one of the processes: `python tests/test_distributed.py KIND BIASES RANK FILE`, where
+BIASES is "left" if they are left to the fused ops, as on CUDA.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ldm_fused import FusedResnetBlock, modules, reference
+
+WORLD = 2
+OPTIONS = dict(in_channels=32, dropout=0.0, temb_channels=16)
+
+
+class Two(nn.Module):
+    """Two blocks with a time embedding, the second one recomputing."""
+
+    def __init__(self, cls=reference.ResnetBlock):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = cls(**OPTIONS), cls(**OPTIONS)
+
+    def forward(self, x, temb):
+        return self.second(self.first(x, temb), temb)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*size, generator=generator) for size in ((2 * WORLD, 32, 8, 6), (2 * WORLD, 16))]
+
+
+def loss(model, x, temb):
+    return model(x, temb).square().mean()
+
+
+def expected():
+    """The reference's gradients over the whole batch, by name."""
+    model = Two()
+    loss(model, *batch()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def distributed(kind, rank):
+    """This process's gradients, gathered, by name: of its part of the batch, averaged over all processes."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Two(FusedResnetBlock)
+    model.second.recompute = True
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        for block in (model.first, model.second, model):
+            fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    for _ in range(2):  # the second pass finds what the first has changed
+        model.zero_grad()
+        loss(model, *(t[2 * rank:2 * rank + 2] for t in batch())).backward()
+    gathered = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gathered.items()}
+
+
+def main(kind, biases, rank, file):
+    if biases == "left":
+        modules._has_separate_bias = lambda x: True
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=WORLD)
+    found, want = distributed(kind, int(rank)), expected()
+    assert set(found) == set(want)
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    dist.destroy_process_group()
+    print("gradients agree")
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize("biases", ["added", "left"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_have_the_gradients_of_one(kind, biases, tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+                   "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen([sys.executable, __file__, kind, biases, str(rank), str(tmp_path / "rendezvous")],
+                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                 for rank in range(WORLD)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
+    assert all("gradients agree" in output for output in outputs)
+
+
+def test_the_comparison_can_fail():
+    """A block that is not the reference's has other gradients."""
+    want, model = expected(), Two()
+    model.second = copy.deepcopy(model.first)
+    loss(model, *batch()).backward()
+    assert not torch.allclose(model.first.conv1.weight.grad, want["first.conv1.weight"], rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
