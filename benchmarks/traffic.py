@@ -1,6 +1,6 @@
 """Counts the bytes that the CUDA kernels move, without a GPU, and compares them with the physical limit.
 
-    python benchmarks/traffic.py [--device H200] [--suite all]
+    python benchmarks/traffic.py [--device H200] [--suite all] [--block]
 
 Each workload runs in the emulator (tests/emulator), which counts what the warps of all launches ask of global memory:
 bytes, and the 32-byte sectors that hold them. Tensors of more than a million elements are made smaller for that, and
@@ -9,7 +9,9 @@ the same way. What they move at full size is then the plan's prediction, which t
 confirm. Nothing is said of caches: what one launch reads twice counts twice.
 
 Byte model, in 16 bits, with B = bytes of x: the limit is 2 B forward (read x, write y) and 3 B backward (read x and dy,
-write dx). All else is overhead and counts: second passes, partial results, statistics, parameters.
+write dx). All else is overhead and counts: second passes, partial results, statistics, parameters. With --block it is
+all that a block with an identity shortcut does between its convolutions: 7 B forward (two norms, and a sum that reads
+two tensors) and 15 B in training (two norms' 3 B, the gradient of conv2's bias 1 B, the shortcut's gradient 1 B more).
 """
 
 import argparse
@@ -33,6 +35,7 @@ DTYPE = torch.bfloat16
 # What must hold on an H200 over all suites: weighted bytes over the limit, then what holds for each workload.
 TARGETS = {("contiguous", "forward"): 1.02, ("channels_last", "forward"): 1.12,
            ("contiguous", "backward"): 1.03, ("channels_last", "backward"): 1.03}
+BLOCK_TARGETS = {"inference": 7.3, "training": 15.3}  # B, weighted
 WORST = 1.5
 SECTORS = 0.95
 
@@ -114,43 +117,79 @@ def shrunk_device(device, factor, plan_on):
 
 
 def has_room_for_a_team(plan, device):
+    if plan["tier"] != "cluster":
+        return True
     residence = plan["residence"]
     abreast = device["shared_per_multiprocessor"] // (residence["shared_bytes"] + 1024)
-    return plan["tier"] != "cluster" or residence["team"] <= device["multiprocessors"] * abreast
+    return residence["team"] <= device["multiprocessors"] * abreast
 
 
-def measure(workload, layout, device):
-    """Forward and backward of one workload: two ``Moved``."""
-    full = laid_out(torch.empty(workload.shape, dtype=DTYPE, device="meta"), layout)
-    limit = full.numel() * full.element_size()
-    shape, factor = shrunk(workload.shape)
-    x, dy = (laid_out(torch.randn(shape).to(DTYPE), layout) for _ in range(2))
-    weight, bias = torch.randn(2, shape[1]).to(DTYPE)
-    silu = workload.activation == "silu"
+class Call:
+    """A workload's tensors at a size that the emulator can run, and what one of its launches moves."""
 
-    def forward():
-        return emulated.group_norm_act(x, workload.groups, weight, bias, workload.eps, silu, None, None, None, None)
+    def __init__(self, workload, layout, device):
+        self.full = laid_out(torch.empty(workload.shape, dtype=DTYPE, device="meta"), layout)
+        self.bytes = self.full.numel() * self.full.element_size()
+        shape, self.factor = shrunk(workload.shape)
+        self.x, self.dy = (laid_out(torch.randn(shape).to(DTYPE), layout) for _ in range(2))
+        self.weight, self.bias, self.conv_bias = torch.randn(3, shape[1]).to(DTYPE)
+        self.groups, self.eps, self.silu = workload.groups, workload.eps, workload.activation == "silu"
+        self.device = device
 
-    def backward():
-        emulated.group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, None, None, None,
-                                         [True, True, True, False, False, False])
+    def forward(self, pre_bias=None):
+        return emulated.group_norm_act(self.x, self.groups, self.weight, self.bias, self.eps, self.silu, pre_bias, None,
+                                       None, None)
 
-    _, mean, rstd = forward()
-    results = []
-    for passes, make_plan, call in ((2, emulated.plan_forward, forward), (3, emulated.plan_backward, backward)):
+    def backward(self, mean, rstd, pre_bias=None, shortcut=None):
+        emulated.group_norm_act_backward(self.dy, self.x, mean, rstd, self.weight, self.bias, self.silu, pre_bias, None,
+                                         None, [True, True, True, pre_bias is not None, False, False], shortcut)
+
+    def moved(self, passes, call, make_plan, *arguments, **options):
+        """A ``Moved`` of ``call``, whose plan is ``make_plan(x, ...)`` and whose limit is that many passes."""
+
         def plan_on(properties, at_full_size):
             with emulated.device(properties):
-                return make_plan(full if at_full_size else x, workload.groups)
+                return make_plan(self.full if at_full_size else self.x, *arguments, **options)
 
-        plan = plan_on(device, True)
-        small, small_plan = shrunk_device(device, factor, plan_on)
+        plan = plan_on(self.device, True)
+        small, small_plan = shrunk_device(self.device, self.factor, plan_on)
         with emulated.device(small), emulated.traffic() as launches:
             call()
         moved = sum(launch["bytes_read"] + launch["bytes_written"] for launch in launches)
         sectors = sum(launch["sectors_read"] + launch["sectors_written"] for launch in launches)
-        results.append(Moved(passes * limit, bytes_of(plan), plan["tier"], small_plan["tier"],
-                             moved / bytes_of(small_plan), moved / (32 * sectors)))
-    return results
+        return Moved(passes * self.bytes, bytes_of(plan), plan["tier"], small_plan["tier"],
+                     moved / bytes_of(small_plan), moved / (32 * sectors))
+
+
+def measure(workload, layout, device):
+    """Forward and backward of one workload: two ``Moved``."""
+    op = Call(workload, layout, device)
+    _, mean, rstd = op.forward()
+    return [op.moved(2, op.forward, emulated.plan_forward, op.groups),
+            op.moved(3, lambda: op.backward(mean, rstd), emulated.plan_backward, op.groups)]
+
+
+def measure_block(workload, layout, device):
+    """All pointwise work of a block with an identity shortcut: the ``Moved`` of its forward and its backward launches.
+
+    Forward: norm1; norm2, which reads conv1's output and adds its bias; the sum with the shortcut and conv2's bias.
+    Backward: the gradient of conv2's bias; of norm2 and conv1's bias; of norm1, and of the shortcut in its store.
+    """
+    op = Call(workload, layout, device)
+    _, mean, rstd = op.forward()
+    biased = dict(parameter_bytes=6)
+    forward = [
+        op.moved(2, op.forward, emulated.plan_forward, op.groups),
+        op.moved(2, lambda: op.forward(op.conv_bias), emulated.plan_forward, op.groups, **biased),
+        op.moved(3, lambda: emulated.bias_add_residual(op.x, op.dy, None, op.conv_bias, 1.0), emulated.plan_residual,
+                 bias_bytes=2),
+    ]
+    backward = [
+        op.moved(1, lambda: emulated.channel_sums(op.dy), emulated.plan_channel_sums),
+        op.moved(3, lambda: op.backward(mean, rstd, op.conv_bias), emulated.plan_backward, op.groups, sums=3, **biased),
+        op.moved(4, lambda: op.backward(mean, rstd, shortcut=op.dy), emulated.plan_backward, op.groups, shortcut=True),
+    ]
+    return forward, backward
 
 
 def bytes_of(plan):
@@ -182,13 +221,54 @@ def missed(totals):
     return lines
 
 
+def report_blocks(chosen, device, name):
+    """Prints what blocks of each workload's shape move, in units of the bytes of x; the status to end with."""
+    print(f"Bytes of a block's pointwise work, convolutions left out, on an emulated {name}, "
+          f"{str(DTYPE).removeprefix('torch.')}; B is the bytes of x\n")
+    print(f"{'shape':<20}{'layout':<15}{'inference':>12}{'training':>12}{'sectors':>10}{'count/plan':>12}")
+    totals, limits = {"inference": Total(), "training": Total()}, {"inference": 7, "training": 15}
+    wrong = []
+    for workload, *counts in distinct(w for w in chosen if w.activation == "silu"):
+        for layout in workload.layouts("both"):
+            forward, backward = measure_block(workload, layout, device)
+            row = f"{workload.shape_text:<20}{layout:<15}"
+            for (way, total), launches, count in zip(totals.items(), (forward, forward + backward), counts):
+                if not count:
+                    row += f"{'':>12}"
+                    continue
+                assert sum(m.limit for m in launches) == limits[way] * launches[0].limit // 2
+                block = Moved(sum(m.limit for m in launches), sum(m.planned for m in launches), "", "",
+                              max((m.counted_over_planned for m in launches), key=lambda ratio: abs(ratio - 1)),
+                              min(m.sector_efficiency for m in launches))
+                total.add(block, count)
+                row += f"{block.over_limit * limits[way]:>10.2f} B"
+            print(f"{row}{100 * block.sector_efficiency:>8.0f} %{block.counted_over_planned:>12.3f}", flush=True)
+            if abs(block.counted_over_planned - 1) > AGREEMENT:
+                wrong.append(f"The plan predicts other bytes than were counted for {workload.shape_text} {layout}.")
+    if name == "H200":
+        wrong += [f"Blocks in {way} move {limits[way] * totals[way].weighted:.2f} B, more than {target} B."
+                  for way, target in BLOCK_TARGETS.items() if limits[way] * totals[way].weighted > target]
+    print()
+    for line in wrong:
+        print(line)
+    for way, eager in (("inference", 23), ("training", 62)):
+        total, limit = totals[way], limits[way]
+        print(f"block traffic: {way} {limit * total.weighted:.2f} B weighted, {limit * total.worst:.2f} B at worst; "
+              f"the limit is {limit} B, and eager moves {eager} B")
+    return 1 if wrong else 0
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=emulated.DEVICES, default="H200")
     parser.add_argument("--suite", choices=["all", *workloads.SUITES], default="all")
+    parser.add_argument("--block", action="store_true",
+                        help="all pointwise work of blocks with an identity shortcut, instead of the op alone")
     options = parser.parse_args(arguments)
 
     device = emulated.DEVICES[options.device]
+    if options.block:
+        return report_blocks(workloads.select(options.suite), device, options.device)
     totals = {(layout, way): Total() for layout in (*LAYOUTS, "both") for way in ("forward", "backward")}
     wrong = []
     print(f"Bytes moved over the limit on an emulated {options.device}, {str(DTYPE).removeprefix('torch.')}; "

@@ -13,14 +13,14 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
   m.def(
       "group_norm_act_inference(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
       "Tensor y");
-  // Gradients of what output_mask names: x, weight, bias, pre_bias, scale, shift. One not wanted has no elements.
+  // Gradients of what output_mask names: x, weight, bias, pre_bias, scale, shift. One not wanted has no elements. Added
+  // to dx, before it is rounded, is what reaches x by another way: dx_shortcut, of x's dtype.
   m.def(
       "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool silu, "
-      "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask) "
+      "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, Tensor? dx_shortcut=None) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
   // (x + residual + bias + residual_bias) * scale, all of x's dtype but the biases, which may be float32.
-  m.def(
-      "bias_add_residual(Tensor x, Tensor residual, Tensor? bias, Tensor? residual_bias, float scale) -> Tensor y");
+  m.def("bias_add_residual(Tensor x, Tensor residual, Tensor? bias, Tensor? residual_bias, float scale) -> Tensor y");
   // (C,): the sum of each channel over samples and pixels, in the dtype of arithmetic.
   m.def("channel_sums(Tensor x) -> Tensor sums");
 }

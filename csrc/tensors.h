@@ -189,6 +189,7 @@ struct ForwardCall {
 
 struct BackwardCall {
   Tensor x, dy, mean, rstd;
+  OptionalTensor shortcut;  // as x lies in memory; only where dx is wanted
   Parameters parameters;
   Shape shape;
   Dtype x_dtype, dy_dtype;
@@ -199,7 +200,8 @@ struct BackwardCall {
 
   BackwardCall(const Tensor& dy_, const Tensor& input, const Tensor& mean_, const Tensor& rstd_,
                const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& pre_bias,
-               const OptionalTensor& scale, const OptionalTensor& shift, const std::vector<bool>& output_mask)
+               const OptionalTensor& scale, const OptionalTensor& shift, const std::vector<bool>& output_mask,
+               const OptionalTensor& dx_shortcut)
       : x(dense(input)),
         dy(laid_out_like(dy_, x)),
         mean(torch::stable::contiguous(mean_)),
@@ -220,6 +222,12 @@ struct BackwardCall {
     }
     STD_TORCH_CHECK(output_mask.size() == 6, "output_mask must have 6 elements, got ", output_mask.size());
     wants_dx = output_mask[0];
+    if (wants_dx && dx_shortcut) {
+      STD_TORCH_CHECK(
+          dx_shortcut->scalar_type() == type && has_shape_of(*dx_shortcut, x) && same_device(*dx_shortcut, x),
+          "dx_shortcut must have x's shape and dtype, and be on its device");
+      shortcut = laid_out_like(*dx_shortcut, x);
+    }
     dx = wants_dx ? empty_like(x, type) : empty(kNone, type, x);
     gradients.weight = gradient(weight, output_mask[1], dweight);
     gradients.bias = gradient(bias, output_mask[2], dbias);
@@ -229,6 +237,7 @@ struct BackwardCall {
   }
 
   bool is_empty() const { return shape.elements() == 0; }
+  const void* shortcut_data() const { return shortcut ? shortcut->data_ptr() : nullptr; }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
     return {dx, dweight, dbias, dpre_bias, dscale, dshift};

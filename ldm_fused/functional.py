@@ -133,6 +133,15 @@ def run(a: ops.Arguments) -> Tensor:
     return ops.below_autograd(*a)[0]
 
 
+def run_and_shortcut(a: ops.Arguments):
+    """:func:`run`, and x for whoever else reads it: in eager mode what reaches x from there costs no pass of its own."""
+    differentiable = torch.is_grad_enabled() and a.x.requires_grad
+    if differentiable and a.x.device.type in _KERNEL_DEVICES and not (
+            ops.in_transform() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return ops.GroupNormActAndShortcut.apply(*a)
+    return run(a), a.x
+
+
 def bias_add_residual(
     x: Tensor,
     residual: Tensor,

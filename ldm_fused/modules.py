@@ -1,7 +1,7 @@
 """Modules: :class:`GroupNormSiLU` and :class:`FusedResnetBlock`."""
 
 import copy
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +102,11 @@ class FusedResnetBlock(reference.ResnetBlock):
         bias1, bias2 = bias_left(self.conv1, x), bias_left(self.conv2, x)
         if self.recompute and torch.is_grad_enabled() and not (ops.in_transform() or torch.compiler.is_exporting()):
             # The recomputation stops at what the convolution saves, its input: convolutions run once.
-            h = checkpoint(self._first_half, x, bias1, use_reentrant=False)
+            h, x = checkpoint(self._first_half, x, bias1, use_reentrant=False)
             h = checkpoint(self._second_half, h, temb, bias1, bias2, use_reentrant=False)
         else:
-            h = self._second_half(self._first_half(x, bias1), temb, bias1, bias2)
+            h, x = self._first_half(x, bias1)
+            h = self._second_half(h, temb, bias1, bias2)
         shortcut_bias = None
         if self.in_channels != self.out_channels:
             shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
@@ -115,14 +116,16 @@ class FusedResnetBlock(reference.ResnetBlock):
             return x + h
         return functional.bias_add_residual(x, h, shortcut_bias, bias2)  # in this order: the result's layout is x's
 
-    def _first_half(self, x: Tensor, bias1: Optional[Tensor]) -> Tensor:
-        return convolution(self.conv1, norm_swish(self.norm1, x, into=self.conv1), bias1)
+    def _first_half(self, x: Tensor, bias1: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        """conv1's output, and x for the shortcut."""
+        h, x = norm_swish(self.norm1, x, into=self.conv1, shortcut=True)
+        return convolution(self.conv1, h, bias1), x
 
     def _second_half(
         self, h: Tensor, temb: Optional[Tensor], bias1: Optional[Tensor], bias2: Optional[Tensor]
     ) -> Tensor:
         into = None if self.dropout.training and self.dropout.p else self.conv2
-        h = norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1, into=into)
+        h, _ = norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1, into=into)
         return convolution(self.conv2, self.dropout(h), bias2)
 
 
@@ -160,8 +163,10 @@ def norm_swish(
     pre_bias: Optional[Tensor] = None,
     conv_bias: Optional[Tensor] = None,
     into: Optional[nn.Module] = None,
-) -> Tensor:
-    """``swish(norm(x + conv_bias + pre_bias))``: in one op if ``norm`` is pristine, else by calling it.
+    shortcut: bool = False,
+) -> Tuple[Tensor, Tensor]:
+    """``swish(norm(x + conv_bias + pre_bias))``, in one op if ``norm`` is pristine, else by calling it; and x, which
+    whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's backward pass.
 
     ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out. ``into`` is the convolution that
     takes the result: under autocast the op stores right in the dtype that a plain convolution would cast it to.
@@ -173,14 +178,16 @@ def norm_swish(
         if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
             x, pre_bias = x + pre_bias[:, :, None, None], None
     if pristine.why_not_norm(norm, x) is not None:
-        return reference.swish(norm(x))
+        return reference.swish(norm(x)), x
     if conv_bias is not None:
         pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
     dtype = _autocast_dtype_of_convolution(x, into)
-    if dtype is None:
-        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias)
-    return functional.run(functional.checked(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", pre_bias,
-                                             None, None, dtype))
+    shortcut = shortcut and torch.is_grad_enabled()
+    if dtype is None and (functional.is_autocast(x) or not shortcut):
+        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias), x
+    arguments = functional.checked(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", pre_bias, None, None,
+                                   dtype)
+    return functional.run_and_shortcut(arguments) if shortcut else (functional.run(arguments), x)
 
 
 def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:

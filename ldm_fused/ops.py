@@ -129,8 +129,11 @@ def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
     ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype)
 
 
-def backward(ctx, dy: Tensor, needs: Sequence[bool]):
-    """A gradient for each argument of the op; ``needs`` says which, for :attr:`Arguments.tensors`."""
+def backward(ctx, dy: Tensor, needs: Sequence[bool], dx_shortcut: Optional[Tensor] = None):
+    """A gradient for each argument of the op; ``needs`` says which, for :attr:`Arguments.tensors`.
+
+    ``dx_shortcut``, what reaches x by another way, is added to the first.
+    """
     x, weight, bias, pre_bias, scale, shift, mean, rstd = ctx.saved_tensors
     num_groups, eps, silu, out_dtype = ctx.constants
     needs = [need and t is not None for need, t in zip(needs, (x, weight, bias, pre_bias, scale, shift))]
@@ -140,10 +143,14 @@ def backward(ctx, dy: Tensor, needs: Sequence[bool]):
             a = Arguments(*(t.view_as(t) if isinstance(t, Tensor) else t for t in (
                 x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype)))
             wanted = [t for t, need in zip(a.tensors, needs) if need]
-            found = iter(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
+            found = list(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
+            if needs[0] and dx_shortcut is not None:
+                found[0] = found[0] + dx_shortcut
     else:
-        outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs)
-        found = iter([g for g, need in zip(outputs, needs) if need])
+        outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs,
+                                          dx_shortcut)
+        found = [g for g, need in zip(outputs, needs) if need]
+    found = iter(found)
     return Arguments.gradients(*(next(found) if need else None for need in needs))
 
 
@@ -164,6 +171,24 @@ class GroupNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return backward(ctx, dy, _needs(ctx))
+
+
+class GroupNormActAndShortcut(torch.autograd.Function):
+    """The op in eager mode, and x itself for whoever else reads it. What reaches x from there is added to dx in the same
+    kernel, where autograd would read both and write the sum."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        y, mean, rstd = below_autograd(*arguments)
+        save_for_backward(ctx, Arguments(*arguments), mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, arguments[0]
+
+    @staticmethod
+    def backward(ctx, dy, dx_shortcut):
+        if dy is None:
+            return Arguments.gradients(dx_shortcut, *[None] * 5)
+        return backward(ctx, dy, _needs(ctx), dx_shortcut)
 
 
 def below_autograd(*arguments):
@@ -240,7 +265,7 @@ def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype)
 
 
 @torch.library.register_fake("ldm_fused::group_norm_act_backward")
-def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask):
+def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut=None):
     def gradient(parameter, wanted):
         if parameter is None or not wanted:
             return x.new_empty((0,))

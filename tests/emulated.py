@@ -95,9 +95,9 @@ def plan_forward(x, num_groups, *, out_dtype=None, aligned=True, parameter_bytes
                                  _dtype(out_dtype or x.dtype), aligned, parameter_bytes)
 
 
-def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, parameter_bytes=4, sums=2):
+def plan_backward(x, num_groups, *, dy_dtype=None, aligned=True, parameter_bytes=4, sums=2, shortcut=False):
     return _library.plan_backward(_sizes(x), num_groups, not x.is_contiguous(), _dtype(x.dtype),
-                                  _dtype(dy_dtype or x.dtype), aligned, parameter_bytes, sums)
+                                  _dtype(dy_dtype or x.dtype), aligned, parameter_bytes, sums, shortcut)
 
 
 def plan_residual(x, *, bias_bytes=4):

@@ -6,7 +6,7 @@ import emulated
 import pytest
 import torch
 from emulator import build
-from oracle import GRADIENTS, LAYOUTS, assert_within_bound, laid_out, make_case
+from oracle import GRADIENTS, LAYOUTS, assert_within_bound, laid_out, make_case, with_shortcut
 
 from benchmarks import workloads
 
@@ -24,10 +24,10 @@ DEVICES = {
 SHAPES = [((2, 20, 24, 32), 2), ((1, 32, 32, 64), 4), ((5, 16, 40, 40), 4), ((3, 24, 8, 11), 2), ((3, 40, 16, 16), 2)]
 
 
-def all_results(case):
+def all_results(case, shortcut=None):
     y, mean, rstd = emulated.group_norm_act(*case.arguments())
     gradients = emulated.group_norm_act_backward(case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu,
-                                                 case.pre_bias, case.scale, case.shift, [True] * 6)
+                                                 case.pre_bias, case.scale, case.shift, [True] * 6, shortcut)
     return {"y": y, **dict(zip(GRADIENTS, gradients))}
 
 
@@ -39,6 +39,17 @@ def test_every_tier(name, shape, num_groups, dtype, out_dtype, layout):
     case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)
     with emulated.device(DEVICES[name]):
         assert_within_bound(case, all_results(case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype,out_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, None)], ids=str)
+@pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_tier_adds_what_reaches_x_by_another_way(name, shape, num_groups, dtype, out_dtype, layout):
+    case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)
+    shortcut = laid_out(torch.randn(shape).to(dtype), layout)
+    with emulated.device(DEVICES[name]):
+        assert_within_bound(case, all_results(case, shortcut), *with_shortcut(case, shortcut))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,7 +5,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from oracle import GRADIENTS, assert_within_bound, eager, laid_out, make_case, oracle
+from oracle import GRADIENTS, assert_within_bound, eager, laid_out, make_case, oracle, with_shortcut
 
 # (shape, num_groups): 1 to 80 channels a group, one pixel, batch 1 and many, 2-D to 5-D, sizes one off every vector.
 SHAPES = [
@@ -39,13 +39,13 @@ DTYPES = [
 ]
 
 
-def run(kernels, case, output_mask=(True,) * 6):
-    """Output and gradients of the kernels, named as the oracle's."""
+def run(kernels, case, output_mask=(True,) * 6, shortcut=None):
+    """Output and gradients of the kernels, named as the oracle's; ``shortcut`` is added to dx."""
     case = case.to(kernels.device)
     y, mean, rstd = kernels.forward(*case.arguments())
     assert y.stride() == case.x.stride()
     gradients = kernels.backward(case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu, case.pre_bias,
-                                 case.scale, case.shift, list(output_mask))
+                                 case.scale, case.shift, list(output_mask), shortcut)
     named = {name: g for name, g, wanted in zip(GRADIENTS, gradients, output_mask)
              if wanted and getattr(case, name) is not None}
     assert named["x"].stride() == case.x.stride() if "x" in named else True
@@ -60,6 +60,33 @@ def test_all_parameters(kernels, shape, num_groups, dtype, out_dtype, layout):
     if case is None:
         pytest.skip(f"{len(shape)}-D tensors have no channels_last")
     assert_within_bound(case, run(kernels, case))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype,out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape,num_groups", [((2, 64, 8, 8), 32), ((3, 30, 7, 5), 3), ((2, 10), 2), ((1, 4, 65, 129), 2),
+                                              ((1, 2, 16385), 2)], ids=str)
+@pytest.mark.parametrize("silu", [True, False])
+def test_what_reaches_x_by_another_way_is_added(kernels, silu, shape, num_groups, dtype, out_dtype, layout):
+    case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype, silu=silu)
+    if case is None:
+        pytest.skip(f"{len(shape)}-D tensors have no channels_last")
+    shortcut = laid_out(torch.randn(shape, dtype=torch.float64).to(dtype), layout)
+    results = run(kernels, case, shortcut=shortcut.to(kernels.device))
+    assert_within_bound(case, results, *with_shortcut(case, shortcut))
+
+
+def test_a_shortcut_of_another_layout_or_alone_or_unfit(kernels):
+    case = make_case((2, 12, 5, 6), 3).to(kernels.device)
+    shortcut = torch.randn(2, 12, 5, 6, device=kernels.device)
+    expected = run(kernels, case, shortcut=shortcut)
+    other = run(kernels, case, shortcut=shortcut.contiguous(memory_format=torch.channels_last))
+    assert all(torch.equal(expected[name], other[name]) for name in expected)
+    without_dx = run(kernels, case, [False] + [True] * 5, shortcut)
+    assert all(torch.equal(expected[name], without_dx[name]) for name in without_dx)
+    for wrong in (shortcut.double(), shortcut[:1], shortcut[:, :, :, :5]):
+        with pytest.raises(RuntimeError, match="dx_shortcut must have x's shape and dtype"):
+            run(kernels, case, shortcut=wrong)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

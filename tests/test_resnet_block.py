@@ -4,15 +4,17 @@ import copy
 import inspect
 import pickle
 import threading
+from types import SimpleNamespace
 
 import conftest
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, modules, reference
+from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, modules, ops, reference
 from ldm_fused.compat import ldm
 
 
@@ -62,8 +64,10 @@ def results(block, x, temb, dy):
 def fused_calls(monkeypatch):
     """Counts the calls of the fused op."""
     calls = []
-    run = functional.run
+    run, autograd = functional.run, ops.GroupNormActAndShortcut
     monkeypatch.setattr(functional, "run", lambda a: calls.append(a) or run(a))
+    monkeypatch.setattr(ops, "GroupNormActAndShortcut", SimpleNamespace(
+        apply=lambda *a: calls.append(ops.Arguments(*a)) or autograd.apply(*a)))
     return calls
 
 
@@ -108,6 +112,38 @@ def test_keeps_four_tensors_and_two_with_recompute(device):
     x, _ = inputs(block, device)
     kept = [kept_and_gradients(b, x)[0] for b in (block, fused, FusedResnetBlock.from_module(fused, recompute=True))]
     assert kept == [8, 4, 2]
+
+
+class Calls(TorchDispatchMode):
+    """Notes the ops that are called on tensors of more than one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
+            self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["identity", "1x1 shortcut"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_shortcuts_gradient_takes_no_pass_of_its_own(device, recompute, name):
+    _, fused = pair(device, **CONFIGURATIONS[name])
+    fused.recompute = recompute
+    x, _ = inputs(fused, device)
+    y = fused(x)
+    with Calls() as calls:
+        torch.autograd.grad(y, (x, *fused.parameters()), torch.ones_like(y))
+    assert not [name for name in calls.names if name.startswith("aten::add")]
+    assert sum("group_norm_act_backward" in name for name in calls.names) == 2
+
+
+def test_second_derivatives_reach_the_shortcut(device):
+    _, fused = pair(device, torch.float64, in_channels=4, num_groups=2, dropout=0.0)
+    x = torch.randn(1, 4, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradgradcheck(fused, x)
 
 
 def test_recompute_gives_the_same_bits(device):

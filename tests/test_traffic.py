@@ -4,6 +4,7 @@ import re
 
 import emulated
 import pytest
+import torch
 from emulator import build
 
 if not build.watches():
@@ -34,6 +35,34 @@ def test_report(capsys):
                          rf"{number}; sector efficiency worst (\d+) %", last)
     worst, weighted, backward_worst, backward_weighted = map(float, found.groups()[:4])
     assert 1 <= weighted <= worst and 1 <= backward_weighted <= backward_worst
+
+
+@pytest.mark.parametrize("name", emulated.DEVICES)
+@pytest.mark.parametrize("shape,layout", CASES[:4], ids=str)
+def test_counts_of_a_block_are_what_the_plans_predicted(shape, layout, name):
+    forward, backward = traffic.measure_block(Workload("custom", shape), layout, emulated.DEVICES[name])
+    size = 2 * torch.Size(shape).numel()
+    assert sum(m.limit for m in forward) == 7 * size and sum(m.limit for m in forward + backward) == 15 * size
+    for moved in forward + backward:
+        assert moved.counted_over_planned == pytest.approx(1, abs=traffic.AGREEMENT)
+        assert moved.over_limit > 1
+
+
+def test_block_report(capsys):
+    assert traffic.main(["--suite", "seed", "--block"]) == 0
+    *_, inference, training = capsys.readouterr().out.splitlines()
+    number = r"(\d+\.\d+) B"
+    for line, way, limit, eager in ((inference, "inference", 7, 23), (training, "training", 15, 62)):
+        found = re.fullmatch(f"block traffic: {way} {number} weighted, {number} at worst; the limit is {limit} B, and "
+                             f"eager moves {eager} B", line)
+        weighted, worst = map(float, found.groups())
+        assert limit <= weighted <= worst < 1.2 * limit
+
+
+def test_block_targets(capsys, monkeypatch):
+    monkeypatch.setattr(traffic, "BLOCK_TARGETS", {"inference": 7.0, "training": 15.0})
+    assert traffic.main(["--suite", "seed", "--block"]) == 1
+    assert re.search(r"Blocks in inference move 7\.\d\d B, more than 7.0 B\.", capsys.readouterr().out)
 
 
 def test_plan_that_is_wrong_is_reported(capsys, monkeypatch):

@@ -17,17 +17,18 @@ namespace {
 template <class F>
 void over_rows(const Shape& shape, const F& f) {
   const Tiles tiles(shape.channels, shape.spatial, 0);
-  parallel_over(shape.batch * tiles.count, shape.elements() / (shape.batch * tiles.count), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / tiles.count;
-      const Tiles::Tile tile = tiles[i % tiles.count];
-      f(n * shape.channels + tile.channel, tile.rows, tile.piece, n * shape.channels * shape.spatial + tile.at);
-    }
-  });
+  parallel_over(
+      shape.batch * tiles.count, shape.elements() / (shape.batch * tiles.count), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / tiles.count;
+          const Tiles::Tile tile = tiles[i % tiles.count];
+          f(n * shape.channels + tile.channel, tile.rows, tile.piece, n * shape.channels * shape.spatial + tile.at);
+        }
+      });
 }
 
-// f(chunk, Columns, offset) for all pixels of the tensor, on all threads: no more of them in a chunk than a sum of floats
-// may be long.
+// f(chunk, Columns, offset) for all pixels of the tensor, on all threads: no more of them in a chunk than a sum of
+// floats may be long.
 template <class F>
 void over_columns(const Shape& shape, const Chunks& pixels, const F& f) {
   parallel_over(pixels.count, pixels.size * shape.channels, [&](int64_t begin, int64_t end) {
@@ -55,9 +56,10 @@ struct Residual {
     widen_parameter<A>(call.residual_bias, 0, shape.channels, 0, of_residual.data());
     for (int64_t c = 0; c < shape.channels; ++c) bias[c] += of_residual[c];
     if (walks_columns(shape)) {
-      over_columns(shape, Chunks(shape.batch * shape.spatial, kLongestSum), [&](int64_t, const Columns& columns, int64_t at) {
-        kernel.columns_residual(x + at, residual + at, y + at, columns, bias.data(), scale);
-      });
+      over_columns(shape, Chunks(shape.batch * shape.spatial, kLongestSum),
+                   [&](int64_t, const Columns& columns, int64_t at) {
+                     kernel.columns_residual(x + at, residual + at, y + at, columns, bias.data(), scale);
+                   });
     } else {
       over_rows(shape, [&](int64_t row, const Rows& rows, int64_t, int64_t at) {
         kernel.rows_residual(x + at, residual + at, y + at, rows, bias.data() + row % shape.channels, scale);

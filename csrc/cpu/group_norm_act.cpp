@@ -1,9 +1,9 @@
 // group_norm_act and its backward on the CPU: check, allocate, cut into units of work, run, register.
 //
-// Memory passes: each op walks the tensor twice, group by group (channels_last: bundle of groups by bundle), so that one
-// that fits the cache is read from memory once, and what is wanted next is prefetched while this group is computed. The
-// second walk goes backward, and begins with what the cache still has of a larger one. Backward keeps dz between its
-// passes, where it fits a cache, so that the second has no exponential to compute.
+// Memory passes: each op walks the tensor twice, group by group (channels_last: bundle of groups by bundle), so that
+// one that fits the cache is read from memory once, and what is wanted next is prefetched while this group is computed.
+// The second walk goes backward, and begins with what the cache still has of a larger one. Backward keeps dz between
+// its passes, where it fits a cache, so that the second has no exponential to compute.
 
 #include <algorithm>
 #include <cmath>
@@ -225,7 +225,8 @@ struct Backward {
   const Gradients& gradients;
   const X* x;
   const Y* dy;
-  X* dx;  // null: not wanted
+  const X* shortcut;  // added to dx; null: nothing
+  X* dx;              // null: not wanted
   const A *mean, *rstd;
   bool silu;
   const Channels<A> channels{shape, affine};
@@ -245,6 +246,8 @@ struct Backward {
     if constexpr (std::is_same_v<X, A>) return dx + part * part_elements + at;
     return scratch + at;
   }
+
+  const X* shortcut_at(int64_t at) const { return shortcut ? shortcut + at : nullptr; }
 
   // From the totals of the group's channels.
   void project(int64_t n, int64_t g) {
@@ -293,8 +296,8 @@ struct Backward {
         [&](int64_t group, int64_t unit, A* scratch) {
           const Tiles::Tile tile = tiles[unit];
           const int64_t at = group * group_size + tile.at;
-          kernel.rows_input_gradient(x + at, dy + at, kept(group, group_size, scratch, tile.at), dx + at, tile.rows,
-                                     maps(group, tile), projections[group], silu);
+          kernel.rows_input_gradient(x + at, dy + at, kept(group, group_size, scratch, tile.at), shortcut_at(at),
+                                     dx + at, tile.rows, maps(group, tile), projections[group], silu);
         });
   }
 
@@ -346,8 +349,9 @@ struct Backward {
         [&](int64_t part, int64_t k, A* scratch) {
           const int64_t n = bundles.sample(part), row = n * shape.channels + bundles.channel(part);
           const int64_t at = n * sample_size + bundles.at(part, k);
-          kernel.columns_input_gradient(x + at, dy + at, kept_at(part, k, scratch), dx + at, bundles.columns(part, k),
-                                        table.from(n, bundles.channel(part)), k1.data() + row, k2.data() + row, silu);
+          kernel.columns_input_gradient(x + at, dy + at, kept_at(part, k, scratch), shortcut_at(at), dx + at,
+                                        bundles.columns(part, k), table.from(n, bundles.channel(part)), k1.data() + row,
+                                        k2.data() + row, silu);
         });
   }
 
@@ -426,8 +430,8 @@ Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const Optio
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
     const OptionalTensor& bias, bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, std::vector<bool> output_mask) {
-  BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask);
+    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut) {
+  BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask, dx_shortcut);
   if (!call.is_empty()) {
     dispatch_pair(call.x_dtype, call.dy_dtype, [&](auto x_type, auto dy_type) {
       using X = decltype(x_type);
@@ -438,6 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
                               call.gradients,
                               static_cast<const X*>(call.x.data_ptr()),
                               static_cast<const Y*>(call.dy.data_ptr()),
+                              static_cast<const X*>(call.shortcut_data()),
                               call.wants_dx ? static_cast<X*>(call.dx.data_ptr()) : nullptr,
                               static_cast<const A*>(call.mean.data_ptr()),
                               static_cast<const A*>(call.rstd.data_ptr()),

@@ -59,8 +59,8 @@ struct ColumnAffine {
 };
 
 // x, y, dy and dx begin at the first element of the first row or pixel, and so does `kept`: dz, written by the sums
-// and read in place of dy by the input gradient, or null. It may be dx itself. What pre_bias alone wants, the sum of x,
-// has a kernel of its own: x is in the cache.
+// and read in place of dy by the input gradient, or null. It may be dx itself. `shortcut`, or null, is added to dx.
+// What pre_bias alone wants, the sum of x, has a kernel of its own: x is in the cache.
 template <class X, class Y>
 struct Kernels {
   using A = Accumulate<X>;
@@ -70,8 +70,8 @@ struct Kernels {
   void (*rows_sums)(const X* x, const Y* dy, A* kept, const Rows&, const GroupAffine<A>&, bool silu,
                     GradientSums<double>* sums);
   void (*rows_sum_x)(const X* x, const Rows&, const GroupAffine<A>&, GradientSums<double>* sums);
-  void (*rows_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, const Rows&, const GroupAffine<A>&,
-                              const Projection<A>&, bool silu);
+  void (*rows_input_gradient)(const X* x, const Y* dy, const A* kept, const X* shortcut, X* dx, const Rows&,
+                              const GroupAffine<A>&, const Projection<A>&, bool silu);
 
   // `mean` and `m2`, and dz, dz_x and sum_x, are arrays over channels, written here.
   void (*column_moments)(const X* x, const Columns&, A* mean, A* m2);
@@ -79,8 +79,8 @@ struct Kernels {
   void (*columns_sums)(const X* x, const Y* dy, A* kept, const Columns&, const ColumnAffine<A>&, bool silu, A* dz,
                        A* dz_x);
   void (*columns_sum_x)(const X* x, const Columns&, const A* center, A* sum_x);
-  void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, X* dx, const Columns&, const ColumnAffine<A>&,
-                                 const A* k1, const A* k2, bool silu);
+  void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, const X* shortcut, X* dx, const Columns&,
+                                 const ColumnAffine<A>&, const A* k1, const A* k2, bool silu);
 
   // y = (x + residual + bias) * scale; `bias` is an array over rows, or over channels.
   void (*rows_residual)(const X* x, const X* residual, X* y, const Rows&, const A* bias, A scale);

@@ -76,18 +76,22 @@ LDM_FUSED_INLINE Derivative<A, 1> derivative_part(const X* x, const Y* dy, int64
   return d;
 }
 
+// `shortcut` is what reaches x by another way, or null.
 template <int K, class X, class Y, bool Silu, class Source>
-LDM_FUSED_INLINE void input_gradient(const X* x, const Y* dy, X* dx, int64_t stride, int64_t i, Source center,
-                                     Source slope, Source offset, Source k1, Source k2) {
+LDM_FUSED_INLINE void input_gradient(const X* x, const Y* dy, const X* shortcut, X* dx, int64_t stride, int64_t i,
+                                     Source center, Source slope, Source offset, Source k1, Source k2) {
   const auto d = derivative<K, X, Y, Silu>(x, dy, stride, i, center, slope, offset);
-  store(dx + i, stride, d.dz * slope.at(i) - k1.at(i) - d.centered * k2.at(i));
+  auto gradient = d.dz * slope.at(i) - k1.at(i) - d.centered * k2.at(i);
+  if (shortcut) gradient = gradient + load<K>(shortcut + i, stride);
+  store(dx + i, stride, gradient);
 }
 
 template <class X, class Y, bool Silu, class Source>
-LDM_FUSED_INLINE void input_gradient_part(const X* x, const Y* dy, X* dx, int64_t i, int count, Source center,
-                                          Source slope, Source offset, Source k1, Source k2) {
+LDM_FUSED_INLINE void input_gradient_part(const X* x, const Y* dy, const X* shortcut, X* dx, int64_t i, int count,
+                                          Source center, Source slope, Source offset, Source k1, Source k2) {
   const auto d = derivative_part<X, Y, Silu>(x, dy, i, count, center, slope, offset);
-  const auto gradient = d.dz * slope.part(i, count) - k1.part(i, count) - d.centered * k2.part(i, count);
+  auto gradient = d.dz * slope.part(i, count) - k1.part(i, count) - d.centered * k2.part(i, count);
+  if (shortcut) gradient.v[0] += load_part<X>(shortcut + i, count, 0);
   store_part<X>(dx + i, gradient.v[0], count);
 }
 
@@ -241,34 +245,35 @@ void rows_sum_x(const X* x, const Rows& rows, const GroupAffine<A>& affine, Grad
 }
 
 template <bool Silu, class X, class Y, class A = Accumulate<X>>
-LDM_FUSED_INLINE void input_gradient_of_row(const X* x, const Y* dy, X* dx, int64_t n, const ChannelAffine<A>& affine,
-                                            const Projection<A>& projection) {
+LDM_FUSED_INLINE void input_gradient_of_row(const X* x, const Y* dy, const X* shortcut, X* dx, int64_t n,
+                                            const ChannelAffine<A>& affine, const Projection<A>& projection) {
   constexpr int W = kLanes<A>;
   const SameForAll<A> center(affine.center), slope(affine.slope), offset(affine.offset);
   const SameForAll<A> k1(projection.k1), k2(projection.k2);
   int64_t i = 0;
   for (; i + kInRow * W <= n; i += kInRow * W) {
-    input_gradient<kInRow, X, Y, Silu>(x, dy, dx, W, i, center, slope, offset, k1, k2);
+    input_gradient<kInRow, X, Y, Silu>(x, dy, shortcut, dx, W, i, center, slope, offset, k1, k2);
   }
   for (; i + W <= n; i += W) {
-    input_gradient<1, X, Y, Silu>(x, dy, dx, W, i, center, slope, offset, k1, k2);
+    input_gradient<1, X, Y, Silu>(x, dy, shortcut, dx, W, i, center, slope, offset, k1, k2);
   }
   if (const int rest = int(n - i)) {
-    input_gradient_part<X, Y, Silu>(x, dy, dx, i, rest, center, slope, offset, k1, k2);
+    input_gradient_part<X, Y, Silu>(x, dy, shortcut, dx, i, rest, center, slope, offset, k1, k2);
   }
 }
 
 template <class X, class Y, class A = Accumulate<X>>
-void rows_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, const Rows& rows, const GroupAffine<A>& affine,
-                         const Projection<A>& projection, bool silu) {
-  for (int64_t row = 0; row < rows.count; ++row, x += rows.stride, dy += rows.stride, dx += rows.stride) {
+void rows_input_gradient(const X* x, const Y* dy, const A* kept, const X* shortcut, X* dx, const Rows& rows,
+                         const GroupAffine<A>& affine, const Projection<A>& projection, bool silu) {
+  for (int64_t row = 0, at = 0; row < rows.count; ++row, at += rows.stride) {
     const ChannelAffine<A> channel = affine.channel(row);
+    const X* added = shortcut ? shortcut + at : nullptr;
     if (!silu) {
-      input_gradient_of_row<false>(x, dy, dx, rows.length, channel, projection);
+      input_gradient_of_row<false>(x + at, dy + at, added, dx + at, rows.length, channel, projection);
     } else if (kept == nullptr) {
-      input_gradient_of_row<true>(x, dy, dx, rows.length, channel, projection);
+      input_gradient_of_row<true>(x + at, dy + at, added, dx + at, rows.length, channel, projection);
     } else {
-      input_gradient_of_row<false>(x, kept + row * rows.stride, dx, rows.length, channel, projection);
+      input_gradient_of_row<false>(x + at, kept + at, added, dx + at, rows.length, channel, projection);
     }
   }
 }
@@ -433,8 +438,9 @@ void columns_sum_x(const X* x, const Columns& columns, const A* center, A* sum_x
 }
 
 template <int K, class X, class Y, bool Silu, class A = Accumulate<X>>
-LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, X* dx, const Columns& columns,
-                                               const ColumnAffine<A>& affine, const A* k1, const A* k2) {
+LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, const X* shortcut, X* dx,
+                                               const Columns& columns, const ColumnAffine<A>& affine, const A* k1,
+                                               const A* k2) {
   constexpr int W = kLanes<A>;
   const int64_t stride = columns.stride;
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset}, first{k1}, second{k2};
@@ -443,36 +449,39 @@ LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, X* dx, c
     prefetch<K>(x + K * stride + c, stride);
     prefetch<K>(dy + K * stride + c, stride);
     prefetch_to_write<K>(dx + K * stride + c, stride);
-    input_gradient<K, X, Y, Silu>(x, dy, dx, stride, c, center, slope, offset, first, second);
+    input_gradient<K, X, Y, Silu>(x, dy, shortcut, dx, stride, c, center, slope, offset, first, second);
   }
   for (int k = 0; c < columns.channels && k < K; ++k) {
     const int64_t at = k * stride;
-    input_gradient_part<X, Y, Silu>(x + at, dy + at, dx + at, c, int(columns.channels - c), center, slope, offset,
-                                    first, second);
+    input_gradient_part<X, Y, Silu>(x + at, dy + at, shortcut ? shortcut + at : nullptr, dx + at, c,
+                                    int(columns.channels - c), center, slope, offset, first, second);
   }
 }
 
 template <class X, class Y, bool Silu, class A = Accumulate<X>>
-LDM_FUSED_INLINE void input_gradient_of_columns(const X* x, const Y* dy, X* dx, const Columns& columns,
-                                                const ColumnAffine<A>& affine, const A* k1, const A* k2) {
+LDM_FUSED_INLINE void input_gradient_of_columns(const X* x, const Y* dy, const X* shortcut, X* dx,
+                                                const Columns& columns, const ColumnAffine<A>& affine, const A* k1,
+                                                const A* k2) {
   int64_t p = 0, at = 0;
   for (; p + kPixels <= columns.pixels; p += kPixels, at += kPixels * columns.stride) {
-    input_gradient_of_pixels<kPixels, X, Y, Silu>(x + at, dy + at, dx + at, columns, affine, k1, k2);
+    input_gradient_of_pixels<kPixels, X, Y, Silu>(x + at, dy + at, shortcut ? shortcut + at : nullptr, dx + at, columns,
+                                                  affine, k1, k2);
   }
   for (; p < columns.pixels; ++p, at += columns.stride) {
-    input_gradient_of_pixels<1, X, Y, Silu>(x + at, dy + at, dx + at, columns, affine, k1, k2);
+    input_gradient_of_pixels<1, X, Y, Silu>(x + at, dy + at, shortcut ? shortcut + at : nullptr, dx + at, columns,
+                                            affine, k1, k2);
   }
 }
 
 template <class X, class Y, class A = Accumulate<X>>
-void columns_input_gradient(const X* x, const Y* dy, const A* kept, X* dx, const Columns& columns,
+void columns_input_gradient(const X* x, const Y* dy, const A* kept, const X* shortcut, X* dx, const Columns& columns,
                             const ColumnAffine<A>& affine, const A* k1, const A* k2, bool silu) {
   if (!silu) {
-    input_gradient_of_columns<X, Y, false>(x, dy, dx, columns, affine, k1, k2);
+    input_gradient_of_columns<X, Y, false>(x, dy, shortcut, dx, columns, affine, k1, k2);
   } else if (kept == nullptr) {
-    input_gradient_of_columns<X, Y, true>(x, dy, dx, columns, affine, k1, k2);
+    input_gradient_of_columns<X, Y, true>(x, dy, shortcut, dx, columns, affine, k1, k2);
   } else {
-    input_gradient_of_columns<X, A, false>(x, kept, dx, columns, affine, k1, k2);
+    input_gradient_of_columns<X, A, false>(x, kept, shortcut, dx, columns, affine, k1, k2);
   }
 }
 

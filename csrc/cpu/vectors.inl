@@ -213,11 +213,40 @@ LDM_FUSED_INLINE Vector<A> sum_of(const Pack<A, K>& pack) {
 
 // ---- Activation -----------------------------------------------------------------------------------------------
 
-// v between the limits; NaN passes.
-LDM_FUSED_INLINE FloatVector clamped(FloatVector v, float low, float high) {
+// 1 + e^-u, which is all that the activation wants of an exponential: infinite where e^-u is, and 1 where it is too
+// small to count. NaN need not pass: u takes part in the activation by itself. The chain from u to the result takes
+// longer than the number of its operations, so both are kept small.
 #if LDM_FUSED_VECTOR_BYTES == 64
-  return (FloatVector)_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), (__m512)v));
-#elif LDM_FUSED_VECTOR_BYTES == 32
+
+// e^-u = 2^n * e^-r with n in sixteenths and |r| <= ln 2 / 32. AVX-512 has instructions for all that is not the
+// polynomial: both limits at once, a table in a register, which takes the lowest four bits for its index, and scaling
+// by 2^floor(n). The polynomial is 2 e^-r, with a term in r^2 that also takes up half of what r^4 would give: its
+// largest relative error is 1.6e-9. It is doubled, and the table halved, so that no factor overflows before the product
+// does.
+template <int K>
+LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) {
+  const FloatVector magic = all(786432.0f);  // 1.5 * 2^19 rounds to sixteenths what is added to it
+  const FloatVector half_roots = {0.5f,         0.522136867f, 0.545253873f, 0.56939429f,  0.594603539f, 0.620928884f,
+                                  0.648419797f, 0.677127779f, 0.707106769f, 0.738413095f, 0.771105409f, 0.805245161f,
+                                  0.840896428f, 0.878126085f, 0.917004049f, 0.957603276f};  // 2^(i/16 - 1)
+  for (int k = 0; k < K; ++k) u.v[k] = (FloatVector)_mm512_range_ps((__m512)u.v[k], _mm512_set1_ps(89), 2);
+  const Pack<float, K> shifted = magic - u * all(1.44269504088896f), n = shifted - magic;
+  // ln 2 in two parts, the first exact in products with n
+  const Pack<float, K> r = u + n * all(0.693145751953125f) + n * all(1.42860682030941723212e-6f);
+  const Pack<float, K> p = all(2.0f) - r * (all(2.0f) - r * (all(1.0000324f) - r * all(0.3333333f)));
+  Pack<float, K> scale;
+  for (int k = 0; k < K; ++k) {
+    const __m512 root = _mm512_permutexvar_ps((__m512i)shifted.v[k], (__m512)half_roots);
+    scale.v[k] = (FloatVector)_mm512_scalef_ps(root, (__m512)n.v[k]);
+  }
+  return p * scale + all(1.0f);
+}
+
+#else
+
+// v between the limits.
+LDM_FUSED_INLINE FloatVector clamped(FloatVector v, float low, float high) {
+#if LDM_FUSED_VECTOR_BYTES == 32
   return (FloatVector)_mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), (__m256)v));
 #else
   v = v < low ? all(low) : v;
@@ -225,10 +254,9 @@ LDM_FUSED_INLINE FloatVector clamped(FloatVector v, float low, float high) {
 #endif
 }
 
-// 1 + e^-u, which is all that the activation wants of an exponential: infinite where e^-u is, 1 where e^-u < 2^-125;
-// NaN passes. e^-u = 2^n * e^r with |r| <= ln 2 / 2, and e^r by the polynomial of degree 6 that begins with 1 + r and
-// whose largest relative error is least (3.1e-9, a twentieth of half a unit in the last place). Its terms are paired so
-// that few operations wait for each other: the chain from u to the result takes longer than their number.
+// e^-u = 2^n * e^-r with |r| <= ln 2 / 2, and e^-r by the polynomial of degree 6 that begins with 1 - r and whose
+// largest relative error is least (3.1e-9, a twentieth of half a unit in the last place). Its terms are paired so that
+// few operations wait for each other.
 template <int K>
 LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) {
   // 1.5 * 2^23 rounds to whole numbers what is added to it, and has them in its lowest bits: with 126 on top, those of
@@ -236,19 +264,17 @@ LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) 
   const FloatVector magic = all(12582912.0f + 126.0f);
   for (int k = 0; k < K; ++k) u.v[k] = clamped(u.v[k], -89, 87);
   const Pack<float, K> shifted = magic - u * all(1.44269504088896f), n = shifted - magic;
-  // -r, with ln 2 in two parts, the first exact in products with n
+  // ln 2 in two parts, the first exact in products with n
   const Pack<float, K> r = u + n * all(0.693145751953125f) + n * all(1.42860682030941723212e-6f);
   const Pack<float, K> r2 = r * r;
   const Pack<float, K> high = all(0.0416683907835f) - r * all(0.00836874510894f) + r2 * all(0.00138145401768f);
   const Pack<float, K> low = all(0.499999934321f) - r * all(0.16666520399f);
   Pack<float, K> p = (all(1.0f) - r) + r2 * (low + r2 * high);
-#if LDM_FUSED_VECTOR_BYTES == 64  // has an instruction for it
-  for (int k = 0; k < K; ++k) p.v[k] = (FloatVector)_mm512_scalef_ps((__m512)p.v[k], (__m512)n.v[k]) + 1.0f;
-#else
   for (int k = 0; k < K; ++k) p.v[k] = (p.v[k] + p.v[k]) * (FloatVector)((IntVector)shifted.v[k] << 23) + 1.0f;
-#endif
   return p;
 }
+
+#endif
 
 template <int K>
 LDM_FUSED_INLINE Pack<double, K> one_plus_exponential_of_minus(Pack<double, K> u) {

@@ -13,11 +13,11 @@
 namespace ldm_fused {
 namespace cpu {
 
-constexpr int64_t kChunk = 4096;         // elements that both steps of the statistics find in the first-level cache
-constexpr int64_t kTile = 32768;         // elements that one call of a kernel walks
-constexpr int64_t kPixels = 65536;       // elements of the pixels that one call of a kernel walks twice
-constexpr int64_t kTogether = 8192;      // elements of small parts that go through each step together
-constexpr int64_t kNear = 589824;        // bytes of a group that is read from a cache again while the next one is prefetched
+constexpr int64_t kChunk = 4096;     // elements that both steps of the statistics find in the first-level cache
+constexpr int64_t kTile = 32768;     // elements that one call of a kernel walks
+constexpr int64_t kPixels = 65536;   // elements of the pixels that one call of a kernel walks twice
+constexpr int64_t kTogether = 8192;  // elements of small parts that go through each step together
+constexpr int64_t kNear = 589824;  // bytes of a group that is read from a cache again while the next one is prefetched
 constexpr int64_t kNearBundle = 393216;  // bytes of a bundle that the second-level cache holds beside the next one
 constexpr int64_t kGrain = 16384;        // elements worth a thread
 constexpr int64_t kKept = 4194304;       // elements of a part of which dz is kept from the sums to the input gradient

@@ -1,6 +1,5 @@
 // bias_add_residual and channel_sums on CUDA: check, allocate, plan, launch, register.
 #include "cuda/bias_add_residual.cuh"
-
 #include "cuda/call.h"
 
 namespace ldm_fused {
@@ -15,8 +14,10 @@ Tensor bias_add_residual(const Tensor& x, const Tensor& residual, const Optional
   const auto bytes = [](const Parameter& p) { return p.data ? size_of(p.dtype) : 0; };
   const Streaming plan = plan_residual(call.shape, call.dtype, is_aligned(call.x) && is_aligned(call.residual),
                                        bytes(call.bias) + bytes(call.residual_bias), device_of(x));
-  const ResidualParams params{call.x.data_ptr(), call.residual.data_ptr(), call.y.data_ptr(), call.bias,
-                              call.residual_bias, call.shape,              plan.tiling,       scale};
+  const ResidualParams params{call.x.data_ptr(),  call.residual.data_ptr(),
+                              call.y.data_ptr(),  call.bias,
+                              call.residual_bias, call.shape,
+                              plan.tiling,        scale};
   check(launch_residual(params, call.dtype, current_stream(x)), "bias_add_residual");
   return call.y;
 }

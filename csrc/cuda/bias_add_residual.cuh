@@ -1,7 +1,7 @@
 // The end of a ResNet block, (x + residual + bias + residual_bias) * scale, and the gradient of its biases.
 //
-// Memory passes: bias_add_residual reads x and the residual and writes y, once each (3 B, the limit). channel_sums reads
-// x once (1 B); a small kernel merges its partial results.
+// Memory passes: bias_add_residual reads x and the residual and writes y, once each (3 B, the limit). channel_sums
+// reads x once (1 B); a small kernel merges its partial results.
 #pragma once
 
 #include "cuda/two_pass.cuh"

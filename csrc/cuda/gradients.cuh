@@ -40,12 +40,12 @@ __device__ __forceinline__ void accumulate(GradientSums<A>& sums, const ChannelA
   sums.x += x - affine.center;
 }
 
-// dx = slope * dz - k1 - k2 * (x - center)
+// dx = slope * dz - k1 - k2 * (x - center), and what reaches x by another way
 template <class X, class A>
-__device__ __forceinline__ X input_gradient(const ChannelGradient<A>& channel, A x, A dy, bool silu) {
+__device__ __forceinline__ X input_gradient(const ChannelGradient<A>& channel, A x, A dy, A shortcut, bool silu) {
   const auto& [affine, projection] = channel;
   const A dz = gradient_of_affine<kFast<X>>(affine, x, dy, silu);
-  return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center));
+  return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center) + shortcut);
 }
 
 constexpr int kChannelsAbreast = 32, kSamplesAbreast = 8;  // threads of a block

@@ -64,9 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
     const OptionalTensor& bias, bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, std::vector<bool> output_mask) {
+    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask);
+  BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask, dx_shortcut);
   if (call.is_empty()) return call.outputs();
   const int sums = call.gradients.pre_bias.data ? 3 : 2;
   const Tensor totals = workspace(sums * call.shape.rows(), call.x);
@@ -76,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   params.x = call.x.data_ptr();
   params.mean = call.mean.data_ptr();
   params.rstd = call.rstd.data_ptr();
+  params.shortcut = call.shortcut_data();
   params.dx = call.wants_dx ? call.dx.data_ptr() : nullptr;
   params.totals = totals.data_ptr();
   params.projections = projections.data_ptr();
@@ -85,8 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   params.sums = sums;
   params.silu = silu;
   launch_what_fits(device_of(x), "group_norm_act_backward", [&](const Device& device) {
-    const Plan plan = plan_backward(call.shape, call.x_dtype, call.dy_dtype, is_aligned(call.x) && is_aligned(call.dy),
-                                    params.affine.bytes_per_channel(), sums, device);
+    const bool aligned = is_aligned(call.x) && is_aligned(call.dy) && (!call.shortcut || is_aligned(*call.shortcut));
+    const Plan plan = plan_backward(call.shape, call.x_dtype, call.dy_dtype, aligned, params.affine.bytes_per_channel(),
+                                    sums, call.shortcut.has_value(), device);
     const Residence& r = plan.residence;
     const Tensor partials =
         workspace(workspace_of(plan, call.shape, sums, 2 * r.bundle + int(round_up(sums * r.width, 2))), call.x);

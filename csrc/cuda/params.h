@@ -21,16 +21,17 @@ struct ForwardParams {
 };
 
 struct BackwardParams {
-  const void* dy;       // in, dtype Y
-  const void* x;        // in, dtype X, same layout
-  const void* mean;     // in, (N, G) of Accumulate<X>
-  const void* rstd;     // in, (N, G) of Accumulate<X>
-  void* dx;             // out, dtype X, same layout; null: not wanted
-  void* partials;       // workspace: GradientSums of a channel's chunk (two passes), or what blocks exchange (grid)
-  void* totals;         // workspace, (sums, N, C) of Accumulate<X>: GradientSums of a channel
-  void* projections;    // workspace, (N, G) of Projection<Accumulate<X>>
-  Affine affine;        // in
-  Gradients gradients;  // out
+  const void* dy;        // in, dtype Y
+  const void* x;         // in, dtype X, same layout
+  const void* mean;      // in, (N, G) of Accumulate<X>
+  const void* rstd;      // in, (N, G) of Accumulate<X>
+  const void* shortcut;  // in, dtype X, same layout: added to dx; null: nothing
+  void* dx;              // out, dtype X, same layout; null: not wanted
+  void* partials;        // workspace: GradientSums of a channel's chunk (two passes), or what blocks exchange (grid)
+  void* totals;          // workspace, (sums, N, C) of Accumulate<X>: GradientSums of a channel
+  void* projections;     // workspace, (N, G) of Projection<Accumulate<X>>
+  Affine affine;         // in
+  Gradients gradients;   // out
   Shape shape;
   Tiling reduce, apply;  // two passes
   Residence residence;   // one read

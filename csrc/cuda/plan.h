@@ -60,16 +60,16 @@ inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, int
   return plan;
 }
 
-// Backward: reads x and dy, writes dx and the gradients of the parameters. `sums` per channel: 2, and a third where
-// pre_bias wants its gradient.
+// Backward: reads x and dy, and what is added to dx from a shortcut; writes dx and the gradients of the parameters.
+// `sums` per channel: 2, and a third where pre_bias wants its gradient.
 inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, int64_t parameter_bytes, int sums,
-                          const Device& device) {
+                          bool shortcut, const Device& device) {
   const int sx = size_of(x), sy = size_of(dy), sa = x == Dtype::float64 ? 8 : 4;
   const int64_t totals = sums * sa * shape.rows();
   Plan plan{};
   // Of each sample, parameter_gradients() reads the totals, and rstd once for all channels of a warp.
   const int64_t rstd = shape.batch * ceil_div(shape.channels, 32) * (1 + 31 / shape.channels_per_group()) * sa;
-  plan.bytes_read = (sx + sy) * shape.elements() + totals + rstd;
+  plan.bytes_read = (sx + sy + (shortcut ? sx : 0)) * shape.elements() + totals + rstd;
   plan.bytes_written = sx * shape.elements() + totals + parameter_bytes * shape.channels;
   const Demand demand{vector_of(std::min(sx, sy)), sx + sy, std::min(sx, sy), 2 * sx + sy, sums, sums, 0};
   if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {

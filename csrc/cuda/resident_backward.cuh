@@ -1,9 +1,10 @@
 // GroupNorm and activation, backward, in one launch and a small one: a block copies its part of an item of x and dy to
 // shared memory, sums up what the whole group's gradient needs, learns its team's sums, and writes dx.
 //
-// Memory passes: reads x and dy once, writes dx once (3 B, the limit); what does not fit the chip is read again, last
-// read first. Parallel over items (bundles of whole groups) and over the blocks of a team that shares one. The totals
-// of each channel, from which parameter_gradients() makes the parameters' gradients, come from the same sums.
+// Memory passes: reads x and dy once, writes dx once (3 B, the limit), and reads the shortcut's gradient, if there is
+// one, once, when dx is written; what does not fit the chip is read again, last read first. Parallel over items
+// (bundles of whole groups) and over the blocks of a team that shares one. The totals of each channel, from which
+// parameter_gradients() makes the parameters' gradients, come from the same sums.
 #pragma once
 
 #include "cuda/gradients.cuh"
@@ -32,6 +33,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   const BackwardParams& p;
   const X* const x;
   const Y* const dy;
+  const X* const shortcut;
   X* const dx;
 
   __device__ __forceinline__ ResidentBackward(const BackwardParams& p, void* shared)
@@ -39,6 +41,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
         p(p),
         x(static_cast<const X*>(p.x)),
         dy(static_cast<const Y*>(p.dy)),
+        shortcut(static_cast<const X*>(p.shortcut)),
         dx(static_cast<X*>(p.dx)) {}
 
   __device__ __forceinline__ void copy_to(int end) {
@@ -61,18 +64,21 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     }
   }
 
-  // Calls f(i, x, dy) for the vectors `step` and behind of a batch; only those from the item's k-th `from` to `to`.
+  // Whether vector `step` + i of a round is there, and among the item's k-th from `from` to `to`.
+  __device__ __forceinline__ bool is_wanted(const Span& span, int round, int step, int i, int from, int to) const {
+    const int k = round * r.steps + step + i;
+    return step + i < min(r.steps, span.count) && k >= from && k < to;
+  }
+
+  // Calls f(i, x, dy) for the vectors `step` + i of a batch that are wanted.
   template <class F>
   __device__ __forceinline__ void each_of_batch(const Span& span, int round, int step, int from, int to, F&& f) const {
     Vec<X, V> vx[kBatch];
     Vec<Y, V> vdy[kBatch];
     const int first = round * r.steps + step;
-    const auto is_wanted = [&](int i) {
-      return step + i < min(r.steps, span.count) && first + i >= from && first + i < to;
-    };
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (!is_wanted(i)) continue;
+      if (!is_wanted(span, round, step, i, from, to)) continue;
       if (!kGrid || first + i < r.kept) {
         const int piece = this->piece_of(first + i);
         vx[i] = slots.template read<X>(piece);
@@ -84,7 +90,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (is_wanted(i)) f(step + i, vx[i], vdy[i]);
+      if (is_wanted(span, round, step, i, from, to)) f(i, vx[i], vdy[i]);
     }
   }
 
@@ -190,14 +196,21 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
       channel[c] = {tables.affine[span.channel + c], {projection->a, projection->b}};
     }
     for (; step != end; step += by) {
+      Vec<X, V> add[kBatch]{};
+      if (shortcut != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (is_wanted(span, round, step, i, from, to)) add[i] = load<X, V>(shortcut + span.at(step + i));
+        }
+      }
       each_of_batch(span, round, step, from, to, [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
         Vec<X, V> out;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          out.e[e] =
-              input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), float(widen(vdy.e[e])), p.silu);
+          out.e[e] = input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), float(widen(vdy.e[e])),
+                                       float(widen(add[i].e[e])), p.silu);
         }
-        store(dx + span.at(i), out);
+        store(dx + span.at(step + i), out);
       });
       after_batch(step);
     }

@@ -155,6 +155,29 @@ __device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X
   }
 }
 
+// The same with a third tensor, of which f gets zeros where it is null.
+template <int V, class X, class Y, class F>
+__device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X* x, const Y* dy, const X* optional,
+                                       F&& f) {
+  constexpr int kInFlight = kVectorsInFlight / 2;  // of each tensor
+  for (int64_t i = unit.begin; i < unit.end; i += kInFlight * unit.step) {
+    Vec<X, V> vx[kInFlight], third[kInFlight]{};
+    Vec<Y, V> vdy[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = i + k * unit.step;
+      if (at < unit.end) vx[k] = load<X, V>(x + at * stride);
+      if (at < unit.end) vdy[k] = load<Y, V>(dy + at * stride);
+      if (at < unit.end && optional != nullptr) third[k] = load<X, V>(optional + at * stride);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t at = i + k * unit.step;
+      if (at < unit.end) f(at * stride, vx[k], vdy[k], third[k]);
+    }
+  }
+}
+
 // Where the partial result of channel c and chunk k lies: consecutive for the units that one block writes.
 __device__ __forceinline__ int64_t partial_index(const Shape& shape, const Tiling& t, int64_t n, int64_t c, int64_t k) {
   return t.columns ? (n * t.chunks + k) * shape.channels + c : (n * shape.channels + c) * t.chunks + k;

@@ -1,6 +1,7 @@
 // GroupNorm and activation, backward: sums, merge, input gradient, parameter gradients.
 //
-// Memory passes: x and dy twice, dx once (5 B, where 3 B is the limit; the second pass starts on what L2 still holds).
+// Memory passes: x and dy twice, dx once (5 B, where 3 B is the limit; the second pass starts on what L2 still holds),
+// and the shortcut's gradient, if there is one, once.
 // Nothing of the tensor's size was kept by the forward pass but x itself: the activation is computed again.
 //
 // Three sums a channel (GradientSums) give dx and the gradients of all parameters.
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
   }
 }
 
-// Reads x and dy once, writes dx once.
+// Reads x, dy and the shortcut's gradient once, writes dx once.
 template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p) {
   using A = Accumulate<X>;
@@ -112,36 +113,40 @@ __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p
   if (!unit.exists) return;
   const X* x = static_cast<const X*>(p.x) + unit.first;
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
+  const X* shortcut = p.shortcut ? static_cast<const X*>(p.shortcut) + unit.first : nullptr;
   X* dx = static_cast<X*>(p.dx) + unit.first;
   const auto channel = load_channel<A>(p, unit.n, unit.c);
-  stream<V>(unit, 1, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+  stream<V>(unit, 1, x, dy, shortcut, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>& add) {
     Vec<X, V> out;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      out.e[e] = input_gradient<X>(channel, A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
+      out.e[e] = input_gradient<X>(channel, A(widen(vx.e[e])), A(widen(vdy.e[e])), A(widen(add.e[e])), p.silu);
     }
     store(dx + at, out);
   });
 }
 
-// Reads x and dy once, writes dx once.
+// Reads x, dy and the shortcut's gradient once, writes dx once.
 template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = column_unit(p.shape, p.apply, /*reverse=*/true);
   const X* x = static_cast<const X*>(p.x) + unit.first;
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
+  const X* shortcut = p.shortcut ? static_cast<const X*>(p.shortcut) + unit.first : nullptr;
   X* dx = static_cast<X*>(p.dx) + unit.first;
   ChannelGradient<A> channel[V];
   share_columns(p.shape, channel, [&](int64_t c) { return load_channel<A>(p, unit.n, c); });
-  stream<V>(unit, p.shape.channels, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
-    Vec<X, V> out;
+  stream<V>(unit, p.shape.channels, x, dy, shortcut,
+            [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>& add) {
+              Vec<X, V> out;
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      out.e[e] = input_gradient<X>(channel[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
-    }
-    store(dx + at, out);
-  });
+              for (int e = 0; e < V; ++e) {
+                out.e[e] =
+                    input_gradient<X>(channel[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), A(widen(add.e[e])), p.silu);
+              }
+              store(dx + at, out);
+            });
 }
 
 // ---- Launching ------------------------------------------------------------------------------------------------

@@ -162,6 +162,7 @@ py::dict as_dict(const Plan& plan) {
 
 py::dict as_dict(const Streaming& plan) {
   py::dict d;
+  d["tier"] = "streaming";
   d["tiling"] = as_dict(plan.tiling);
   d["bytes_read"] = plan.bytes_read;
   d["bytes_written"] = plan.bytes_written;
@@ -208,8 +209,8 @@ PYBIND11_MODULE(library, m) {
     return as_dict(plan_channel_sums(shape_of(sizes, 1, channels_last), ::dtype_of(x), true, device()));
   });
   m.def("plan_backward", [](const Sizes& sizes, int64_t groups, bool channels_last, const std::string& x,
-                            const std::string& dy, bool aligned, int64_t parameter_bytes, int sums) {
+                            const std::string& dy, bool aligned, int64_t parameter_bytes, int sums, bool shortcut) {
     return as_dict(plan_backward(shape_of(sizes, groups, channels_last), ::dtype_of(x), ::dtype_of(dy), aligned,
-                                 parameter_bytes, sums, device()));
+                                 parameter_bytes, sums, shortcut, device()));
   });
 }
