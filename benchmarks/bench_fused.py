@@ -19,6 +19,7 @@ providers, timed in turn in the same run, each checked against float64 before it
   F.silu   F.silu(F.group_norm(x))
   compile  torch.compile of F.silu, for each shape anew (needs a working C++ compiler)
   ours     ldm_fused
+  recompute  its block with recompute=True; by itself only where --train runs nothing but blocks and models
 
 examples:
   bench_fused.py                                  a two-minute overview
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", type=shape, action="append", metavar="N,C,H,W", help="a shape of your own; repeatable")
     add("--groups", type=int, default=32, metavar="G", help="number of groups for --shape (32)")
     add("--max-mb", type=float, metavar="MB", help="leave out tensors larger than so many MB")
-    add("--providers", type=provider_list, default=list(workloads.PROVIDERS), metavar="A,B", help="only these (all)")
+    add("--providers", type=provider_list, metavar="A,B", help="only these (all)")
     add("--list", action="store_true", help="print the suites and their shapes, and stop")
 
     add = p.add_argument_group("how").add_argument
@@ -152,6 +153,9 @@ def complete(args, torch) -> None:
     args.levels = [level for level in ("op", "block") if getattr(args, level)]
     if not args.levels and not args.model:
         args.levels = ["op", "block"]
+    if not args.providers:
+        recomputes = args.train and not args.forward and "op" not in args.levels  # elsewhere it is ours once more
+        args.providers = [name for name in workloads.PROVIDERS if name != "recompute" or recomputes]
     # Forward alone is run for the models that nobody trains, unless training is asked for by name.
     args.train_all = args.train and not args.forward
     args.modes = [mode for mode, on in (("forward", args.forward), ("training", args.train)) if on]

@@ -153,6 +153,8 @@ def check(row: Row, contenders, oracle, inputs, dtype, progress: Progress) -> Di
             measure.check(errors, ruler, row.level, dtype)
             if row.mode == "training":
                 cell.kept_bytes = measure.kept_bytes(contender, inputs[0])
+                if row.level == "block" and row.device == "cuda":
+                    cell.peak_bytes = measure.peak_bytes(contender, row.mode, inputs)
             runs[contender.name] = measure.runner(contender, row.mode)
         except measure.CheckFailed as e:
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
@@ -177,6 +179,7 @@ def summary(rows: List[Row], args) -> str:
         report.table(rows, args.providers),
         report.legend(rows),
         report.means(rows, args.providers),
+        report.kept_ratios(rows, args.providers),
         report.suite_totals(rows, suites, args.providers),
         report.notes(rows),
         left_out if len(rows) < total else "",

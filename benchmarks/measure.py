@@ -136,6 +136,16 @@ def kept_bytes(contender: Contender, x: Tensor) -> int:
     return sum(kept.values())
 
 
+def peak_bytes(contender: Contender, mode: str, inputs: Inputs) -> Optional[int]:
+    """Peak memory of a pass above what was in use before it (weights, and on a CPU whatever the process has become)."""
+    device = inputs[0].device
+    before = machine.reset_peak(device)
+    with torch.set_grad_enabled(mode == "training"):
+        runner(contender, mode)(*inputs)
+    peak = machine.peak_bytes(device)
+    return None if peak is None else peak - before
+
+
 # ---- timing
 
 BLOCK = 2e-3  # seconds between two looks at the clock, each of which waits for the GPU: some 10 us

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import machine, measure
+from benchmarks import measure
 from benchmarks.autoencoder import AutoencoderKL
 from benchmarks.providers import MEMORY_FORMATS, PROVIDERS, Contender, compiled, randomize_norms
 from benchmarks.report import Cell, Progress, aligned, scaled, times
@@ -38,6 +38,11 @@ class ModelRow:
     def speedup(self, name: str) -> Optional[float]:
         mine, other = self.seconds("ours"), self.seconds(name)
         return other / mine if mine and other else None
+
+    def kept_ratio(self, name: str) -> str:
+        """What is kept over what eager keeps, for the table."""
+        mine, eager = (self.cells[n].kept_bytes if n in self.cells else None for n in (name, "eager"))
+        return f"{mine / eager:.3f}x" if mine and eager else "n/a"
 
     def as_dict(self) -> Dict[str, object]:
         numbers = {
@@ -156,7 +161,9 @@ def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, arg
             if not cell.error <= allowed_difference(dtype, args.device):
                 raise measure.CheckFailed(f"differs from the reference by {cell.error:.2g} of the result's size")
             del found
-            measure_memory(cell, contender, row.mode, inputs, args.device)
+            cell.peak_bytes = measure.peak_bytes(contender, row.mode, inputs)
+            if row.mode == "training":
+                cell.kept_bytes = measure.kept_bytes(contender, inputs[0])
             runs[contender.name] = measure.runner(contender, row.mode)
         except measure.CheckFailed as e:
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
@@ -196,29 +203,17 @@ def allowed_difference(dtype: torch.dtype, device: str) -> float:
     return 2 * math.sqrt(eps)
 
 
-def measure_memory(cell: Cell, contender: Contender, mode: str, inputs, device: str) -> None:
-    """Peak memory of a pass above what was in use before it (weights, and on a CPU whatever the process has become),
-    and what autograd keeps."""
-    before = machine.reset_peak(device)
-    with torch.set_grad_enabled(mode == "training"):
-        measure.runner(contender, mode)(*inputs)
-    peak = machine.peak_bytes(device)
-    cell.peak_bytes = None if peak is None else peak - before
-    if mode == "training":
-        cell.kept_bytes = measure.kept_bytes(contender, inputs[0])
-
-
 def summary(rows: List[ModelRow], args) -> str:
     """One table of all modes and layouts."""
     memory = "peak MB" if args.device == "cuda" else "peak RSS MB"
-    head = ["mode", "layout", "dtype", "blocks", "ms", "ours vs it", memory, "kept MB", "difference"]
+    head = ["mode", "layout", "dtype", "blocks", "ms", "ours vs it", memory, "kept MB", "of eager's", "difference"]
     lines = []
     for row in rows:
         for name, cell in row.cells.items():
             size = "n/a" if cell.error is None else f"{cell.error:.1e}"
             numbers = [scaled(row.seconds(name), 1e3), times(row.speedup(name)), scaled(cell.peak_bytes, 1e-6)]
-            kept = scaled(cell.kept_bytes, 1e-6) if row.mode == "training" else "-"
-            lines.append([row.mode, row.layout, row.dtype, name, *numbers, kept, size])
+            kept = [scaled(cell.kept_bytes, 1e-6), row.kept_ratio(name)] if row.mode == "training" else ["-", "-"]
+            lines.append([row.mode, row.layout, row.dtype, name, *numbers, *kept, size])
     text = aligned([head, *lines], left=4).split("\n")
     reasons = [f"n/a  {name}: {c.reason}  ({r.title})" for r in rows for name, c in r.cells.items() if c.reason]
     return "\n".join(

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
@@ -67,6 +68,9 @@ PROVIDERS: Dict[str, Provider] = {
     "F.silu": Provider(group_norm_then_silu, SiluResnetBlock, NormSilu),
     "compile": Provider(group_norm_then_silu, SiluResnetBlock, NormSilu, compiled=True),
     "ours": Provider(ldm_fused.group_norm_act, ldm_fused.FusedResnetBlock, ldm_fused.GroupNormSiLU),
+    "recompute": Provider(
+        ldm_fused.group_norm_act, partial(ldm_fused.FusedResnetBlock, recompute=True), ldm_fused.GroupNormSiLU
+    ),
 }
 
 

@@ -189,6 +189,8 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> str:
         columns.append(("ours", "of copy", lambda r: op_only(r, percent(r.copy_share()))))
     for name in names if training else []:
         columns.append(("kept MB", name, lambda r, n=name: kept(r, n)))
+    for name in names if any(cell.peak_bytes for row in rows for cell in row.cells.values()) else []:
+        columns.append(("peak MB", name, lambda r, n=name: peak(r, n)))
     heads = [[c[0] for c in columns], [c[1] for c in columns]]
     body = [[c[2](row) for c in columns] for row in rows]
     text = aligned(heads + body, left=5).split("\n")
@@ -206,6 +208,11 @@ def kept(row: Row, name: str) -> str:
     return scaled(cell.kept_bytes if cell else None, 1e-6)
 
 
+def peak(row: Row, name: str) -> str:
+    cell = row.cells.get(name)
+    return scaled(cell.peak_bytes, 1e-6) if cell and cell.peak_bytes else "-"
+
+
 LEGEND = """\
 training: forward and backward. ms: median of one call. ours vs: how many times as fast ours is. GB/s: the least bytes
 the op can move (x read, y written; training also x and dy read, dx written) over the time; of copy: that against
@@ -216,6 +223,8 @@ def legend(rows: Sequence[Row]) -> str:
     lines = [LEGEND]
     if any(row.clock == "device" for row in rows):
         lines.append("device: GPU time by CUDA-graph replay; wall: what a caller waits. Speed-ups and GB/s: device.")
+    if any(cell.peak_bytes for row in rows for cell in row.cells.values()):
+        lines.append("peak MB: the most memory in use during a pass, above what was in use before it (weights, inputs).")
     if any(row.large for row in rows):
         lines.append("*: over 30 MB on a CPU, where page faults of fresh memory rule every provider's time.")
     return "\n".join(lines)
@@ -252,6 +261,18 @@ def means(rows: Sequence[Row], names: Sequence[str]) -> str:
     if not lines:
         return ""
     return "\n".join(["Ours is, in the geometric mean:", *(f"  {l[0]:<{width}}  {'   '.join(l[1:])}" for l in lines)])
+
+
+def kept_ratios(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """What each provider keeps for the backward pass over what eager keeps, all cases together, a line a level."""
+    lines = []
+    for level in ("op", "block"):
+        group = [r for r in rows if r.level == level and all(r.cells[n].kept_bytes for n in names)]
+        totals = {n: sum(r.cells[n].kept_bytes for r in group) for n in names}
+        if group and "eager" in names:
+            ratios = [f"{totals[n] / totals['eager']:.3f}x {n}" for n in names if n != "eager"]
+            lines.append(f"  {level}, {len(group)} case{'s' * (len(group) != 1)}  {'   '.join(ratios)}")
+    return "\n".join(["Kept for the backward pass, of what eager keeps:", *lines]) if lines else ""
 
 
 def suite_totals(rows: Sequence[Row], suites: Dict[str, List[Workload]], names: Sequence[str]) -> str:
@@ -371,6 +392,7 @@ def as_dict(row: Row, names: Sequence[str]) -> Dict[str, object]:
             "bytes_per_second": row.bandwidth(name),
             "share_of_copy": row.copy_share(name),
             "kept_bytes": cell.kept_bytes,
+            "peak_bytes": cell.peak_bytes,
             "relative_error": cell.error if cell.error is not None and math.isfinite(cell.error) else None,
             "reason": cell.reason or (timing.note if timing else ""),
         }

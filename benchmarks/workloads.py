@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, List, Optional, Tuple
 
-PROVIDERS = ("eager", "F.silu", "compile", "ours")
+PROVIDERS = ("eager", "F.silu", "compile", "ours", "recompute")
 WORKLOADS = Path(__file__).with_name("workloads.json")
 
 # What each suite is, for --list.

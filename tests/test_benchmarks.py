@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,7 +209,39 @@ def test_held_to_names_only_what_was_timed():
     assert report.held_to([], workloads.PROVIDERS, 1) == ""
 
 
+def test_kept_ratios_are_of_all_cases_together():
+    rows = [timed(SMALL, mode="training", level="block", eager=1.0, ours=1.0, recompute=1.0) for _ in range(2)]
+    for row, kept in zip(rows, ((800, 400, 200), (200, 200, 50))):
+        for name, value in zip(("eager", "ours", "recompute"), kept):
+            row.cells[name].kept_bytes = value
+    forward = timed(SMALL, level="block", eager=1.0, ours=1.0, recompute=1.0)
+    names = ["eager", "ours", "recompute"]
+    assert report.kept_ratios([*rows, forward], names).split("\n") == [
+        "Kept for the backward pass, of what eager keeps:", "  block, 2 cases  0.600x ours   0.250x recompute"]
+    assert report.kept_ratios([forward], names) == report.kept_ratios(rows, ["ours", "recompute"]) == ""
+
+
 # ---- the command
+
+
+def test_training_of_blocks_alone_has_recomputation_beside_it(capsys):
+    assert bench_fused.main(["--device", "cpu", "--block", "--train", "--shape", "2,32,8,8", "--providers",
+                             "eager,ours,recompute", "--min-run-time", "0.01"]) == 0
+    found = re.search(r"block, 1 case +(\S+)x ours +(\S+)x recompute", capsys.readouterr().out)
+    ours, recompute = map(float, found.groups())
+    assert ours <= 0.505 and recompute <= 0.255
+
+
+@pytest.mark.parametrize("options,expected", [
+    (["--block", "--train"], True), (["--model", "--train"], True), (["--block"], False), (["--train"], False),
+    (["--op", "--block", "--train"], False), (["--block", "--train", "--providers", "eager,ours"], False)])
+def test_recomputation_is_a_provider_where_it_differs_from_ours(monkeypatch, options, expected):
+    asked = []
+    for module in (cases, model):
+        monkeypatch.setattr(module, "run", lambda args, *_: asked.append(args.providers) or sys.exit())
+    with pytest.raises(SystemExit):
+        bench_fused.main(["--device", "cpu", *options])
+    assert ("recompute" in asked[0]) == expected
 
 
 @pytest.mark.parametrize("options", [["--op", "--forward"], ["--layout", "both"]])
