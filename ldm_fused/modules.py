@@ -112,8 +112,8 @@ class FusedResnetBlock(reference.ResnetBlock):
             shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
             shortcut_bias = bias_left(shortcut, x)
             x = convolution(shortcut, x, shortcut_bias)
-        if bias2 is None and shortcut_bias is None:
-            return x + h
+        if bias2 is None and shortcut_bias is None or x.dtype != h.dtype:
+            return with_bias(x, shortcut_bias) + with_bias(h, bias2)
         return functional.bias_add_residual(x, h, shortcut_bias, bias2)  # in this order: the result's layout is x's
 
     def _first_half(self, x: Tensor, bias1: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
@@ -156,6 +156,11 @@ def convolution(conv: nn.Module, x: Tensor, left: Optional[Tensor]) -> Tensor:
     return conv(x) if left is None else conv._conv_forward(x, conv.weight, None)
 
 
+def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
+    """A convolution's output with the bias that was ``left``, as the convolution would have given it."""
+    return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
+
+
 def norm_swish(
     norm: nn.GroupNorm,
     x: Tensor,
@@ -173,8 +178,7 @@ def norm_swish(
     """
     odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
     if odd or pristine.why_not_norm(norm, x) is not None:
-        if conv_bias is not None:
-            x, conv_bias = x + reference.per_channel(conv_bias, x).to(x.dtype), None
+        x, conv_bias = with_bias(x, conv_bias), None
         if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
             x, pre_bias = x + pre_bias[:, :, None, None], None
     if pristine.why_not_norm(norm, x) is not None:

@@ -244,9 +244,9 @@ LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) 
 
 #elif LDM_FUSED_VECTOR_BYTES == 32
 
-// e^-u = 2^n * e^-r with n in eighths and |r| <= ln 2 / 16. The table holds the bits of 2^(i/8 - 1) less i * 2^20, so that
-// adding n's eighths, which are the lowest bits of `shifted`, at that place makes 2^(n-1) of it. The polynomial is 2 e^-r,
-// with a largest relative error of 1.3e-9.
+// e^-u = 2^n * e^-r with n in eighths and |r| <= ln 2 / 16. The table holds the bits of 2^(i/8 - 1) less i * 2^20, so
+// that adding n's eighths, which are the lowest bits of `shifted`, at that place makes 2^(n-1) of it. The polynomial is
+// 2 e^-r, with a largest relative error of 1.3e-9.
 template <int K>
 LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) {
   const FloatVector magic = all(1572864.0f);  // 1.5 * 2^20 rounds to eighths what is added to it
