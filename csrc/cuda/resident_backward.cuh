@@ -199,8 +199,8 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
       Vec<X, V> add[kBatch]{};
       if (shortcut != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (is_wanted(span, round, step, i, from, to)) add[i] = load<X, V>(shortcut + span.at(step + i));
+        for (int k = 0; k < kBatch; ++k) {
+          if (is_wanted(span, round, step, k, from, to)) add[k] = load<X, V>(shortcut + span.at(step + k));
         }
       }
       each_of_batch(span, round, step, from, to, [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
