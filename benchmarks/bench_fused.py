@@ -15,10 +15,10 @@ from benchmarks import workloads  # noqa: E402  (torch is imported only when it 
 DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = """\
 providers, timed in turn in the same run, each checked against float64 before it is timed:
-  eager    the reference as diffusion code writes it: h = norm(x); h * sigmoid(h)
-  F.silu   F.silu(F.group_norm(x))
-  compile  torch.compile of F.silu, for each shape anew (needs a working C++ compiler)
-  ours     ldm_fused
+  eager      the reference as diffusion code writes it: h = norm(x); h * sigmoid(h)
+  F.silu     F.silu(F.group_norm(x))
+  compile    torch.compile of F.silu, for each shape anew (needs a working C++ compiler)
+  ours       ldm_fused
   recompute  its block with recompute=True; by itself only where --train runs nothing but blocks and models
 
 examples:

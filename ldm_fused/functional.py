@@ -130,7 +130,7 @@ def run(a: ops.Arguments) -> Tensor:
         return ops.group_norm_act(*a)[0]
     if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
         return ops.GroupNormAct.apply(*a)
-    return ops.below_autograd(*a)[0]
+    return ops.below_autograd(ops.group_norm_act, *a)[0]
 
 
 def run_and_shortcut(a: ops.Arguments):
@@ -190,8 +190,7 @@ def bias_add_residual(
         return ops.bias_add_residual(*a)
     if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():
         return ops.BiasAddResidual.apply(*a)
-    with torch._C._AutoDispatchBelowAutograd():
-        return ops.bias_add_residual(*a)
+    return ops.below_autograd(ops.bias_add_residual, *a)
 
 
 def is_autocast(x) -> bool:

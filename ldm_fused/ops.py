@@ -164,7 +164,7 @@ class GroupNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        y, mean, rstd = below_autograd(*arguments)
+        y, mean, rstd = below_autograd(group_norm_act, *arguments)
         save_for_backward(ctx, Arguments(*arguments), mean, rstd)
         return y
 
@@ -179,7 +179,7 @@ class GroupNormActAndShortcut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        y, mean, rstd = below_autograd(*arguments)
+        y, mean, rstd = below_autograd(group_norm_act, *arguments)
         save_for_backward(ctx, Arguments(*arguments), mean, rstd)
         ctx.set_materialize_grads(False)
         return y, arguments[0]
@@ -191,10 +191,10 @@ class GroupNormActAndShortcut(torch.autograd.Function):
         return backward(ctx, dy, _needs(ctx), dx_shortcut)
 
 
-def below_autograd(*arguments):
-    """The op without its autograd formula."""
+def below_autograd(op, *arguments):
+    """An op without its autograd formula."""
     with torch._C._AutoDispatchBelowAutograd():
-        return group_norm_act(*arguments)
+        return op(*arguments)
 
 
 def _setup_context(ctx, inputs, output):
@@ -237,8 +237,7 @@ class BiasAddResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         _residual_setup(ctx, arguments, None)
-        with torch._C._AutoDispatchBelowAutograd():
-            return bias_add_residual(*arguments)
+        return below_autograd(bias_add_residual, *arguments)
 
     backward = staticmethod(_residual_backward)
 

@@ -89,7 +89,11 @@ def test_two_processes_have_the_gradients_of_one(kind, biases, tmp_path):
     processes = [subprocess.Popen([sys.executable, __file__, kind, biases, str(rank), str(tmp_path / "rendezvous")],
                                   env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                  for rank in range(WORLD)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:  # one that waits for another that has failed
+            process.kill()
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
     assert all("gradients agree" in output for output in outputs)
 

@@ -2,9 +2,11 @@
 //
 // Memory passes: bias_add_residual reads x and the residual and writes y, once each; channel_sums reads x once.
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parameters.h"
 #include "cpu/work.h"
 #include "tensors.h"
 
@@ -12,11 +14,13 @@ namespace ldm_fused {
 namespace cpu {
 namespace {
 
+constexpr int64_t kNothingReadAgain = 0;  // bytes of each element, of which caches have to hold none
+
 // f(row, Rows, piece, offset) for all rows of the tensor, whole ones or a piece of one, on all threads; the rows of a
 // call are of one sample.
 template <class F>
 void over_rows(const Shape& shape, const F& f) {
-  const Tiles tiles(shape.channels, shape.spatial, 0);
+  const Tiles tiles(shape.channels, shape.spatial, kNothingReadAgain);
   parallel_over(
       shape.batch * tiles.count, shape.elements() / (shape.batch * tiles.count), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -86,35 +90,33 @@ struct ChannelSums {
       over_columns(shape, pixels, [&](int64_t k, const Columns& columns, int64_t at) {
         kernel.columns_sum_x(x + at, columns, zeros.data(), partials.data() + k * shape.channels);
       });
-      for (int64_t i = 0; i < pixels.count * shape.channels; ++i) totals[i % shape.channels] += double(partials[i]);
+      add_up(totals, pixels.count, [&](int64_t i) { return double(partials[i]); });
     } else {
-      const int64_t pieces = Tiles(shape.channels, shape.spatial, 0).pieces.count;
+      const int64_t pieces = Tiles(shape.channels, shape.spatial, kNothingReadAgain).pieces.count;
       const GroupAffine<A> none{0, 0, zeros.data(), zeros.data(), nullptr};
       std::vector<GradientSums<double>> partials(pieces * shape.rows());
       over_rows(shape, [&](int64_t row, const Rows& rows, int64_t piece, int64_t at) {
         kernel.rows_sum_x(x + at, rows, none, partials.data() + piece * shape.rows() + row);
       });
-      for (int64_t i = 0; i < pieces * shape.rows(); ++i) totals[i % shape.channels] += partials[i].x;
+      add_up(totals, pieces * shape.batch, [&](int64_t i) { return partials[i].x; });
     }
     std::copy(totals.begin(), totals.end(), sums);
   }
-};
 
-template <class F>
-void dispatch(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::float64: return f(double{});
-    case Dtype::float32: return f(float{});
-    case Dtype::float16: return f(Half{});
-    case Dtype::bfloat16: return f(BFloat16{});
+  // Adds `count` partial results of each channel, which lie one channel after the other.
+  template <class F>
+  void add_up(std::vector<double>& totals, int64_t count, const F& partial) const {
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t c = 0; c < shape.channels; ++c) totals[c] += partial(k * shape.channels + c);
+    }
   }
-}
+};
 
 Tensor bias_add_residual(const Tensor& x, const Tensor& residual, const OptionalTensor& bias,
                          const OptionalTensor& residual_bias, double scale) {
   const ResidualCall call(x, residual, bias, residual_bias);
   if (call.is_empty()) return call.y;
-  dispatch(call.dtype, [&](auto type) {
+  dispatch_pair(call.dtype, call.dtype, [&](auto type, auto) {
     using X = decltype(type);
     Residual<X>{call, Accumulate<X>(scale)}.run();
   });
@@ -124,7 +126,7 @@ Tensor bias_add_residual(const Tensor& x, const Tensor& residual, const Optional
 Tensor channel_sums(const Tensor& x) {
   const ChannelSumsCall call(x);
   if (call.is_empty()) return call.sums;
-  dispatch(call.dtype, [&](auto type) {
+  dispatch_pair(call.dtype, call.dtype, [&](auto type, auto) {
     using X = decltype(type);
     using A = Accumulate<X>;
     ChannelSums<X>{call.shape, static_cast<const X*>(call.x.data_ptr()), static_cast<A*>(call.sums.data_ptr())}.run();

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parameters.h"
 #include "cpu/work.h"
 #include "tensors.h"
 

@@ -135,27 +135,7 @@ __device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X
   }
 }
 
-template <int V, class X, class Y, class F>
-__device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X* x, const Y* dy, F&& f) {
-  constexpr int kInFlight = kVectorsInFlight / 2;  // of each tensor
-  for (int64_t i = unit.begin; i < unit.end; i += kInFlight * unit.step) {
-    Vec<X, V> vx[kInFlight];
-    Vec<Y, V> vdy[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = i + k * unit.step;
-      if (at < unit.end) vx[k] = load<X, V>(x + at * stride);
-      if (at < unit.end) vdy[k] = load<Y, V>(dy + at * stride);
-    }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t at = i + k * unit.step;
-      if (at < unit.end) f(at * stride, vx[k], vdy[k]);
-    }
-  }
-}
-
-// The same with a third tensor, of which f gets zeros where it is null.
+// The same of two tensors and a third, of which f gets zeros where it is null.
 template <int V, class X, class Y, class F>
 __device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X* x, const Y* dy, const X* optional,
                                        F&& f) {
@@ -176,6 +156,13 @@ __device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X
       if (at < unit.end) f(at * stride, vx[k], vdy[k], third[k]);
     }
   }
+}
+
+template <int V, class X, class Y, class F>
+__device__ __forceinline__ void stream(const Unit& unit, int64_t stride, const X* x, const Y* dy, F&& f) {
+  const X* const none = nullptr;
+  stream<V>(unit, stride, x, dy, none,
+            [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>&) { f(at, vx, vdy); });
 }
 
 // Where the partial result of channel c and chunk k lies: consecutive for the units that one block writes.
