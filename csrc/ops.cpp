@@ -5,10 +5,13 @@
 #include "cpu/isa.h"
 
 STABLE_TORCH_LIBRARY(ldm_fused, m) {
-  // y = act(group_norm(x + pre_bias) * (1 + scale) + shift), and the statistics (N, G) that backward needs.
+  // y = dropout(act(group_norm(x + pre_bias) * (1 + scale) + shift)), and the statistics (N, G) that backward needs.
+  // With a dropout_seed, one int64 on x's device, elements are zeroed with probability dropout_p, the others multiplied
+  // by 1 / (1 - dropout_p); which ones depends on the seed and on their place in memory (dropout.h).
   m.def(
       "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? pre_bias, "
-      "Tensor? scale, Tensor? shift, ScalarType? out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)");
+      "Tensor? scale, Tensor? shift, ScalarType? out_dtype, Tensor? dropout_seed=None, float dropout_p=0.0) "
+      "-> (Tensor y, Tensor mean, Tensor rstd)");
   // y alone, on the CPU, for the common arguments: small calls are bound by what is passed and returned.
   m.def(
       "group_norm_act_inference(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
@@ -17,7 +20,8 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
   // to dx, before it is rounded, is what reaches x by another way: dx_shortcut, of x's dtype.
   m.def(
       "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool silu, "
-      "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, Tensor? dx_shortcut=None) "
+      "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, Tensor? dx_shortcut=None, "
+      "Tensor? dropout_seed=None, float dropout_p=0.0) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
   // (x + residual + bias + residual_bias) * scale, all of x's dtype but the biases, which may be float32.
   m.def("bias_add_residual(Tensor x, Tensor residual, Tensor? bias, Tensor? residual_bias, float scale) -> Tensor y");

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dropout.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -154,6 +155,16 @@ class Parameters {
   const Tensor& x_;
   std::vector<Tensor> copies_;
 };
+
+// What a seed and the probability of zeroing an element are to the kernels. The tensor must outlive it.
+inline Dropout dropout_of(const OptionalTensor& seed, double p, const Tensor& x) {
+  STD_TORCH_CHECK(seed.has_value() || p == 0, "dropout_p needs a dropout_seed, got ", p, " without one");
+  if (!seed) return {};
+  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p must be at least 0 and below 1, got ", p);
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && same_device(*seed, x),
+                  "dropout_seed must be one int64 on x's device");
+  return dropout_of(static_cast<const int64_t*>(seed->data_ptr()), p);
+}
 
 // ---- Calls ----------------------------------------------------------------------------------------------------
 // What both devices' ops do before and after their kernels: check, allocate.

@@ -19,6 +19,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
 _ACTIVATIONS = {"silu": True, "swish": True, None: False}
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.HAS_CUDA else {"cpu", "meta"})
+# Dropout's kernels decide by 16 bits an element: probabilities nearer to 0 or 1 than this would be met too coarsely.
+_LEAST_DROPOUT = 2.0**-8
 _warned = set()  # device types
 
 
@@ -70,7 +72,10 @@ def group_norm_act(
         scale, shift: (N, C), adaptive GroupNorm; either may stand alone.
             ``pre_bias``, ``scale`` and ``shift`` are each in x's dtype or float32.
         dropout_p: probability of zeroing an element after the activation, by a mask drawn at each call, as
-            ``F.dropout(training=True)`` does.
+            ``F.dropout(training=True)`` does. From 2^-8 to 1 - 2^-8 it is met to 2^-17, and the mask is a function of
+            a seed drawn from x's device's generator (``torch.manual_seed`` repeats it, with another mask than
+            ``F.dropout`` draws) and of each element's place in memory: nothing is kept for the backward pass but the
+            seed. Source of the generator: Philox4x32-10, Salmon et al. 2011.
 
     Returns and raises: as :func:`group_norm_silu`; ValueError for an unknown activation or a ``dropout_p`` outside
     of 0 to 1.
@@ -91,11 +96,7 @@ def group_norm_act(
     if (pre_bias is not None or scale is not None or shift is not None) and is_autocast(x):
         pre_bias, scale, shift = _castable(pre_bias, x), _castable(scale, x), _castable(shift, x)
     a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
-    if dropout_p == 0.0:
-        return run(a)
-    if not 0 <= _number(dropout_p, "dropout_p") <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    return F.dropout(run(a), dropout_p)
+    return run_with_dropout(a, dropout_p)
 
 
 def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
@@ -131,6 +132,19 @@ def run(a: ops.Arguments) -> Tensor:
     if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
         return ops.GroupNormAct.apply(*a)
     return ops.below_autograd(ops.group_norm_act, *a)[0]
+
+
+def run_with_dropout(a: ops.Arguments, p: float) -> Tensor:
+    """:func:`run`, and dropout with probability ``p``: in the op where there is a kernel for it, else behind it."""
+    if p == 0.0:
+        return run(a)
+    p = _number(p, "dropout_p")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
+    if a.x.device.type not in _KERNEL_DEVICES or ops.in_transform() or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT:
+        return F.dropout(run(a), p)
+    seed = torch.randint(2**63 - 1, (1,), device=a.x.device)
+    return run(a._replace(dropout_seed=seed, dropout_p=p))
 
 
 def run_and_shortcut(a: ops.Arguments):

@@ -4,6 +4,7 @@ import copy
 from typing import Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -124,9 +125,12 @@ class FusedResnetBlock(reference.ResnetBlock):
     def _second_half(
         self, h: Tensor, temb: Optional[Tensor], bias1: Optional[Tensor], bias2: Optional[Tensor]
     ) -> Tensor:
-        into = None if self.dropout.training and self.dropout.p else self.conv2
-        h, _ = norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1, into=into)
-        return convolution(self.conv2, self.dropout(h), bias2)
+        p = probability_of(self.dropout)
+        if p is not None:
+            h, _ = norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1, into=self.conv2, dropout_p=p)
+        else:
+            h = self.dropout(norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1)[0])
+        return convolution(self.conv2, h, bias2)
 
 
 # Classes whose forward is known to be the reference block's, by identity: a subclass may compute something else.
@@ -161,6 +165,13 @@ def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
     return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
 
 
+def probability_of(dropout: nn.Module) -> Optional[float]:
+    """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
+    if pristine.why_not(dropout, nn.Dropout) is not None:
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
 def norm_swish(
     norm: nn.GroupNorm,
     x: Tensor,
@@ -169,9 +180,11 @@ def norm_swish(
     conv_bias: Optional[Tensor] = None,
     into: Optional[nn.Module] = None,
     shortcut: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tuple[Tensor, Tensor]:
-    """``swish(norm(x + conv_bias + pre_bias))``, in one op if ``norm`` is pristine, else by calling it; and x, which
-    whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's backward pass.
+    """``dropout(swish(norm(x + conv_bias + pre_bias)))``, in one op if ``norm`` is pristine, else by calling it; and x,
+    which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's backward pass,
+    and there is no dropout.
 
     ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out. ``into`` is the convolution that
     takes the result: under autocast the op stores right in the dtype that a plain convolution would cast it to.
@@ -182,16 +195,20 @@ def norm_swish(
         if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
             x, pre_bias = x + pre_bias[:, :, None, None], None
     if pristine.why_not_norm(norm, x) is not None:
-        return reference.swish(norm(x)), x
+        h = reference.swish(norm(x))
+        return (F.dropout(h, dropout_p) if dropout_p else h), x
     if conv_bias is not None:
         pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
     dtype = _autocast_dtype_of_convolution(x, into)
     shortcut = shortcut and torch.is_grad_enabled()
     if dtype is None and (functional.is_autocast(x) or not shortcut):
-        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias), x
+        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias,
+                                         dropout_p=dropout_p), x
     arguments = functional.checked(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", pre_bias, None, None,
                                    dtype)
-    return functional.run_and_shortcut(arguments) if shortcut else (functional.run(arguments), x)
+    if shortcut:
+        return functional.run_and_shortcut(arguments)
+    return functional.run_with_dropout(arguments, dropout_p), x
 
 
 def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
@@ -257,6 +274,7 @@ def _why_not_meaning(block: nn.Module) -> Optional[str]:
             torch.default_generator.manual_seed(0)  # the CPU's alone, which is given back as it was
             own = copy.deepcopy(block).to_empty(device="cpu").to(torch.float64).requires_grad_(True)
             own.dropout.p = 0.5
+            own.dropout.register_forward_hook(lambda *_: None)  # so that both draw their masks by calling it
             for parameter in own.parameters():
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             fused = FusedResnetBlock._sharing(own, recompute=False)

@@ -56,6 +56,8 @@ class Arguments(NamedTuple):
     scale: Optional[Tensor]
     shift: Optional[Tensor]
     out_dtype: Optional[torch.dtype]
+    dropout_seed: Optional[Tensor] = None
+    dropout_p: float = 0.0
 
     @property
     def tensors(self):
@@ -72,7 +74,7 @@ class Arguments(NamedTuple):
     @staticmethod
     def gradients(dx, dweight, dbias, dpre_bias, dscale, dshift):
         """A gradient for each argument, as autograd wants them."""
-        return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None
+        return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None, None, None
 
 
 class ResidualArguments(NamedTuple):
@@ -107,7 +109,17 @@ def composed(a: Arguments) -> Tensor:
     with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
         y = reference.group_norm_act(x, a.num_groups, weight, bias, a.eps, activation="silu" if a.silu else None,
                                      pre_bias=pre_bias, scale=scale, shift=shift)
+        if a.dropout_seed is not None:
+            y = y * dropout_factors(a)
     return y.to(a.out_dtype or a.x.dtype)
+
+
+def dropout_factors(a: Arguments) -> Tensor:
+    """What dropout multiplies each element by, in the dtype of arithmetic: the op on zeros, of which it makes ones."""
+    zeros = torch.zeros_like(_dense(a.x), dtype=accumulate_dtype(a.x.dtype))
+    weight = zeros.new_zeros(a.x.shape[1])
+    return below_autograd(group_norm_act, zeros, a.num_groups, weight, torch.ones_like(weight), 1.0, False, None, None,
+                          None, None, a.dropout_seed, a.dropout_p)[0]
 
 
 def has_autocast(device_type: str) -> bool:
@@ -125,8 +137,10 @@ def in_transform() -> bool:
 
 def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
     """Of the tensor's size only x is kept."""
-    ctx.save_for_backward(*a.tensors, mean, rstd)
-    ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype)
+    ctx.save_for_backward(*a.tensors, mean, rstd, a.dropout_seed)
+    ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype, a.dropout_p)
+    if a.dropout_seed is not None:  # its mask goes by places in memory, which hooks on saved tensors may change
+        ctx.memory_format = _memory_format(a.x)
 
 
 def backward(ctx, dy: Tensor, needs: Sequence[bool], dx_shortcut: Optional[Tensor] = None):
@@ -134,21 +148,23 @@ def backward(ctx, dy: Tensor, needs: Sequence[bool], dx_shortcut: Optional[Tenso
 
     ``dx_shortcut``, what reaches x by another way, is added to the first.
     """
-    x, weight, bias, pre_bias, scale, shift, mean, rstd = ctx.saved_tensors
-    num_groups, eps, silu, out_dtype = ctx.constants
+    x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = ctx.saved_tensors
+    num_groups, eps, silu, out_dtype, dropout_p = ctx.constants
+    if dropout_seed is not None:
+        x = x.contiguous(memory_format=ctx.memory_format)
     needs = [need and t is not None for need, t in zip(needs, (x, weight, bias, pre_bias, scale, shift))]
     if torch.is_grad_enabled() or in_transform():  # the gradients must themselves be differentiable
         # Views, which nothing else depends on: arguments may depend on each other, be the same, or have hooks.
         with torch.enable_grad():
             a = Arguments(*(t.view_as(t) if isinstance(t, Tensor) else t for t in (
-                x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype)))
+                x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed, dropout_p)))
             wanted = [t for t, need in zip(a.tensors, needs) if need]
             found = list(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
             if needs[0] and dx_shortcut is not None:
                 found[0] = found[0] + dx_shortcut
     else:
         outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs,
-                                          dx_shortcut)
+                                          dx_shortcut, dropout_seed, dropout_p)
         found = [g for g, need in zip(outputs, needs) if need]
     found = iter(found)
     return Arguments.gradients(*(next(found) if need else None for need in needs))
@@ -248,23 +264,29 @@ torch.library.register_autograd("ldm_fused::bias_add_residual", _residual_backwa
 # ---- Fake kernels ----------------------------------------------------------------------------------------------
 
 
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The order in which the kernels walk x."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if not x.is_contiguous() and channels_last and x.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
 def _dense(x: Tensor) -> Tensor:
     """x as the kernels walk it: as it is if contiguous or channels_last, else made contiguous."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if x.is_contiguous() or (channels_last and x.is_contiguous(memory_format=channels_last)):
-        return x
-    return x.contiguous()
+    return x.contiguous(memory_format=_memory_format(x))
 
 
 @torch.library.register_fake("ldm_fused::group_norm_act")
-def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype):
+def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed=None, dropout_p=0.0):
     y = torch.empty_like(_dense(x), dtype=out_dtype or x.dtype)
     mean = x.new_empty((x.shape[0], num_groups), dtype=accumulate_dtype(x.dtype))
     return y, mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("ldm_fused::group_norm_act_backward")
-def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut=None):
+def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut=None, dropout_seed=None,
+      dropout_p=0.0):
     def gradient(parameter, wanted):
         if parameter is None or not wanted:
             return x.new_empty((0,))

@@ -39,19 +39,20 @@ STREAMING = r"(statistics|sums|channel_sums|(?P<writes>apply|input_gradient|resi
 # many asides are narrow. The first name that matches counts; its arguments end in V (never 1), columns and grid. Who
 # changes what a kernel does counts again: a number is not there to let pass what nvcc has split.
 RESIDENT = {
-    # Copies; stores y. Aside: parameters; the team's groups.
-    r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 2),
+    # Copies; stores y. Aside: dropout's seed; parameters; the team's groups.
+    r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 3),
     # Copies first, while waiting, and while storing; loads what registers hold, and what does not fit, for statistics
-    # and again for y; stores y of what is loaded again, held and copied. Aside: parameters; publishing groups, and
-    # channels (it has none to publish); the team's groups; the counter's reset and cooperative_groups' barrier.
-    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
-    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 6),  # registers hold nothing
+    # and again for y; stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
+    # groups, and channels (it has none to publish); the team's groups; the counter's reset and cooperative_groups'
+    # barrier.
+    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 7),
+    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 7),  # registers hold nothing
     # Copies; stores dx. Aside: parameters; the team's groups; totals, and two loops more that write the zeros of a team
     # of no block, of which nvcc does not know that there is none.
     r"resident_backward<.+, \d+, (true|false), false>": (1, 1, 5),
     # Copies as above, and where dx is not wanted; loads what does not fit for the sums, again for dx; stores dx of that
     # and of what was copied. Aside: as above, and totals.
-    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
+    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 8),
 }
 # Those that see only partial results and parameters.
 SMALL = r"merge_statistics|merge_sums|merge_channel_sums|parameter_gradients"

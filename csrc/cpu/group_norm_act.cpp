@@ -3,7 +3,8 @@
 // Memory passes: each op walks the tensor twice, group by group (channels_last: bundle of groups by bundle), so that
 // one that fits the cache is read from memory once, and what is wanted next is prefetched while this group is computed.
 // The second walk goes backward, and begins with what the cache still has of a larger one. Backward keeps dz between
-// its passes, where it fits a cache, so that the second has no exponential to compute.
+// its passes, where it fits a cache, so that the second has no exponential to compute. Dropout is a step of its own
+// between a tile in a cache and the tensor.
 
 #include <algorithm>
 #include <cmath>
@@ -105,6 +106,14 @@ class AffineTable {
   Buffer<A> values_;
 };
 
+// Memory for a tile before or after dropout, which the calling thread keeps.
+template <class A>
+A* tile_of_thread(int64_t elements) {
+  thread_local std::vector<A> tile;
+  if (int64_t(tile.size()) < elements) tile.resize(elements);
+  return tile.data();
+}
+
 // ---- Forward --------------------------------------------------------------------------------------------------
 
 template <class X, class Y>
@@ -118,8 +127,18 @@ struct Forward {
   A *mean, *rstd;
   double eps;
   bool silu;
+  Dropout dropout;
   const Channels<A> channels{shape, affine};
   const Kernels<X, Y>& kernel = kernels<X, Y>();
+
+  // y of n consecutive elements from `at` on, which apply(kernel, y) computes.
+  template <class F>
+  void write(int64_t at, int64_t n, const F& apply) const {
+    if (!dropout.seed) return apply(kernel, y + at);
+    A* const tile = tile_of_thread<A>(n);
+    apply(kernels<X, A>(), tile);
+    kernel.drop(tile, y + at, n, at, dropout);
+  }
 
   A rstd_of(double variance) const { return A(1) / std::sqrt(A(variance) + A(eps)); }
 
@@ -153,13 +172,15 @@ struct Forward {
           const Tiles::Tile tile = tiles[unit];
           const int64_t n = group / shape.groups, c = group % shape.groups * in_group + tile.channel;
           const int64_t at = group * group_size + tile.at;
-          kernel.rows_apply(x + at, y + at, tile.rows, channels.group(n, c, mean[group], rstd[group]), silu);
+          const GroupAffine<A> affine = channels.group(n, c, mean[group], rstd[group]);
+          write(at, tile.rows.elements(),
+                [&](const auto& kernel, auto* y) { kernel.rows_apply(x + at, y, tile.rows, affine, silu); });
         });
   }
 
   // Parts are bundles.
   void columns() const {
-    const Bundles bundles(shape, sizeof(X), sizeof(X), silu);
+    const Bundles bundles(shape, sizeof(X), sizeof(X), silu && !dropout.seed);
     const int64_t sample_size = shape.channels * shape.spatial, chunks = bundles.pixels.count;
     const Buffer<A> means(shape.batch * chunks * shape.channels), m2s(shape.batch * chunks * shape.channels);
     AffineTable<A> table(shape);
@@ -173,7 +194,10 @@ struct Forward {
         [&](int64_t part) { merge_columns(bundles, part, means, m2s, table); },
         [&](int64_t part, int64_t k, A*) {
           const int64_t n = bundles.sample(part), at = n * sample_size + bundles.at(part, k);
-          kernel.columns_apply(x + at, y + at, bundles.columns(part, k), table.from(n, bundles.channel(part)), silu);
+          const Columns columns = bundles.columns(part, k);
+          const ColumnAffine<A> affine = table.from(n, bundles.channel(part));
+          write(at, columns.elements(),
+                [&](const auto& kernel, auto* y) { kernel.columns_apply(x + at, y, columns, affine, silu); });
         });
   }
 
@@ -230,6 +254,7 @@ struct Backward {
   X* dx;              // null: not wanted
   const A *mean, *rstd;
   bool silu;
+  Dropout dropout;
   const Channels<A> channels{shape, affine};
   Buffer<A> totals{3 * shape.rows()};  // the members of GradientSums, each an array over all channels of all samples
   A *dz = totals.data(), *dz_x = dz + shape.rows(), *sum_x = dz_x + shape.rows();
@@ -246,6 +271,15 @@ struct Backward {
     if (!keeps_dz(part_elements)) return nullptr;
     if constexpr (std::is_same_v<X, A>) return dx + part * part_elements + at;
     return scratch + at;
+  }
+
+  // Calls f(kernel, dy) with dy of n consecutive elements from `at` on.
+  template <class F>
+  void read_dy(int64_t at, int64_t n, const F& f) const {
+    if (!dropout.seed) return f(kernel, dy + at);
+    A* const tile = tile_of_thread<A>(n);
+    kernel.drop_gradient(dy + at, tile, n, at, dropout);
+    f(kernels<X, A>(), static_cast<const A*>(tile));
   }
 
   const X* shortcut_at(int64_t at) const { return shortcut ? shortcut + at : nullptr; }
@@ -280,8 +314,10 @@ struct Backward {
           const Tiles::Tile tile = tiles[unit];
           const int64_t at = group * group_size + tile.at;
           GradientSums<double>* sums = partials.data() + tile.piece * shape.rows() + group * in_group + tile.channel;
-          kernel.rows_sums(x + at, dy + at, kept(group, group_size, scratch, tile.at), tile.rows, maps(group, tile),
-                           silu, sums);
+          A* const kept_dz = kept(group, group_size, scratch, tile.at);
+          read_dy(at, tile.rows.elements(), [&](const auto& kernel, const auto* dy) {
+            kernel.rows_sums(x + at, dy, kept_dz, tile.rows, maps(group, tile), silu, sums);
+          });
           if (gradients.pre_bias.data) kernel.rows_sum_x(x + at, tile.rows, maps(group, tile), sums);
         },
         [&](int64_t group) {
@@ -297,14 +333,18 @@ struct Backward {
         [&](int64_t group, int64_t unit, A* scratch) {
           const Tiles::Tile tile = tiles[unit];
           const int64_t at = group * group_size + tile.at;
-          kernel.rows_input_gradient(x + at, dy + at, kept(group, group_size, scratch, tile.at), shortcut_at(at),
-                                     dx + at, tile.rows, maps(group, tile), projections[group], silu);
+          const A* const kept_dz = kept(group, group_size, scratch, tile.at);
+          const auto write = [&](const auto& kernel, const auto* dy) {
+            kernel.rows_input_gradient(x + at, dy, kept_dz, shortcut_at(at), dx + at, tile.rows, maps(group, tile),
+                                       projections[group], silu);
+          };
+          kept_dz ? write(kernel, dy + at) : read_dy(at, tile.rows.elements(), write);
         });
   }
 
   // Parts are bundles.
   void columns() {
-    const Bundles bundles(shape, sizeof(X), sizeof(X) + sizeof(Y), silu);
+    const Bundles bundles(shape, sizeof(X), sizeof(X) + sizeof(Y), silu && !dropout.seed);
     const int64_t sample_size = shape.channels * shape.spatial, chunks = bundles.pixels.count;
     const int64_t in_group = shape.channels_per_group();
     const Buffer<A> partials(3 * shape.batch * chunks * shape.channels), k1(shape.rows()), k2(shape.rows());
@@ -324,8 +364,10 @@ struct Backward {
           const Columns columns = bundles.columns(part, k);
           const ColumnAffine<A> maps = table.from(n, c0);
           A* sums = partials.data() + 3 * (n * chunks + k) * shape.channels + c0;
-          kernel.columns_sums(x + at, dy + at, kept_at(part, k, scratch), columns, maps, silu, sums,
-                              sums + shape.channels);
+          A* const kept_dz = kept_at(part, k, scratch);
+          read_dy(at, columns.elements(), [&](const auto& kernel, const auto* dy) {
+            kernel.columns_sums(x + at, dy, kept_dz, columns, maps, silu, sums, sums + shape.channels);
+          });
           if (gradients.pre_bias.data) kernel.columns_sum_x(x + at, columns, maps.center, sums + 2 * shape.channels);
         },
         [&](int64_t part) {
@@ -350,9 +392,13 @@ struct Backward {
         [&](int64_t part, int64_t k, A* scratch) {
           const int64_t n = bundles.sample(part), row = n * shape.channels + bundles.channel(part);
           const int64_t at = n * sample_size + bundles.at(part, k);
-          kernel.columns_input_gradient(x + at, dy + at, kept_at(part, k, scratch), shortcut_at(at), dx + at,
-                                        bundles.columns(part, k), table.from(n, bundles.channel(part)), k1.data() + row,
-                                        k2.data() + row, silu);
+          const Columns columns = bundles.columns(part, k);
+          const A* const kept_dz = kept_at(part, k, scratch);
+          const auto write = [&](const auto& kernel, const auto* dy) {
+            kernel.columns_input_gradient(x + at, dy, kept_dz, shortcut_at(at), dx + at, columns,
+                                          table.from(n, bundles.channel(part)), k1.data() + row, k2.data() + row, silu);
+          };
+          kept_dz ? write(kernel, dy + at) : read_dy(at, columns.elements(), write);
         });
   }
 
@@ -388,7 +434,7 @@ struct Backward {
 
 // ---- Ops ------------------------------------------------------------------------------------------------------
 
-void run(const ForwardCall& call, double eps, bool silu) {
+void run(const ForwardCall& call, double eps, bool silu, const Dropout& dropout) {
   if (call.is_empty()) return;
   dispatch_pair(call.x_dtype, call.y_dtype, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
@@ -404,7 +450,8 @@ void run(const ForwardCall& call, double eps, bool silu) {
                                 kept ? static_cast<A*>(call.mean.data_ptr()) : own.data(),
                                 kept ? static_cast<A*>(call.rstd.data_ptr()) : own.data() + groups,
                                 eps,
-                                silu};
+                                silu,
+                                dropout};
     walks_columns(call.shape) ? forward.columns() : forward.rows();
   });
 }
@@ -412,9 +459,10 @@ void run(const ForwardCall& call, double eps, bool silu) {
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                                   const OptionalTensor& bias, double eps, bool silu,
                                                   const OptionalTensor& pre_bias, const OptionalTensor& scale,
-                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype) {
+                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype,
+                                                  const OptionalTensor& dropout_seed, double dropout_p) {
   const ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
-  run(call, eps, silu);
+  run(call, eps, silu, dropout_of(dropout_seed, dropout_p, call.x));
   return {call.y, call.mean, call.rstd};
 }
 
@@ -424,15 +472,17 @@ Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const Optio
   const ForwardCall call(x, num_groups, weight, bias, {}, {}, {}, {}, false);
   STD_TORCH_CHECK(call.shape.elements() > call.shape.batch * num_groups, "x must have more than 1 value per group");
   STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
-  run(call, eps, silu);
+  run(call, eps, silu, {});
   return call.y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
     const OptionalTensor& bias, bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut) {
+    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut,
+    const OptionalTensor& dropout_seed, double dropout_p) {
   BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask, dx_shortcut);
+  const Dropout dropout = dropout_of(dropout_seed, dropout_p, call.x);
   if (!call.is_empty()) {
     dispatch_pair(call.x_dtype, call.dy_dtype, [&](auto x_type, auto dy_type) {
       using X = decltype(x_type);
@@ -447,7 +497,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
                               call.wants_dx ? static_cast<X*>(call.dx.data_ptr()) : nullptr,
                               static_cast<const A*>(call.mean.data_ptr()),
                               static_cast<const A*>(call.rstd.data_ptr()),
-                              silu};
+                              silu,
+                              dropout};
       walks_columns(call.shape) ? backward.columns() : backward.rows();
       backward.parameters();
     });

@@ -5,6 +5,7 @@
 // and include kernels.inl, so that one binary, built anywhere, uses what the processor at hand has.
 #pragma once
 
+#include "dropout.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -32,12 +33,16 @@ struct Moments {
 // further on is prefetched by the second pass.
 struct Rows {
   int64_t count, length, stride, ahead;
+
+  int64_t elements() const { return count * length; }
 };
 
 // `pixels` runs of `channels` elements, whose first elements are `stride` apart, of channels_last memory. `ahead` is as
 // in Rows.
 struct Columns {
   int64_t pixels, channels, stride, ahead;
+
+  int64_t elements() const { return pixels * channels; }
 };
 
 // The affine maps of a group's channels, from its statistics and from arrays over its channels.
@@ -81,6 +86,10 @@ struct Kernels {
   void (*columns_sum_x)(const X* x, const Columns&, const A* center, A* sum_x);
   void (*columns_input_gradient)(const X* x, const Y* dy, const A* kept, const X* shortcut, X* dx, const Columns&,
                                  const ColumnAffine<A>&, const A* k1, const A* k2, bool silu);
+
+  // Dropout of n consecutive elements, the tensor's from `first` on, before y is rounded and after dy is read.
+  void (*drop)(const A* activated, Y* y, int64_t n, int64_t first, const Dropout&);
+  void (*drop_gradient)(const Y* dy, A* dropped, int64_t n, int64_t first, const Dropout&);
 
   // y = (x + residual + bias) * scale; `bias` is an array over rows, or over channels.
   void (*rows_residual)(const X* x, const X* residual, X* y, const Rows&, const A* bias, A scale);

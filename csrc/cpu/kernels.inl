@@ -513,13 +513,18 @@ void columns_residual(const X* x, const X* residual, X* y, const Columns& column
   }
 }
 
+// ---- Dropout --------------------------------------------------------------------------------------------------
+
+#include "cpu/dropout.inl"
+
 // ---- Table ----------------------------------------------------------------------------------------------------
 
 template <class X, class Y>
 Kernels<X, Y> kernels() {
-  return {row_moments<X>,    rows_apply<X, Y>,    rows_sums<X, Y>,    rows_sum_x<X>,    rows_input_gradient<X, Y>,
-          column_moments<X>, columns_apply<X, Y>, columns_sums<X, Y>, columns_sum_x<X>, columns_input_gradient<X, Y>,
-          rows_residual<X>,  columns_residual<X>};
+  using A = Accumulate<X>;
+  return {row_moments<X>,    rows_apply<X, Y>,    rows_sums<X, Y>,    rows_sum_x<X>,      rows_input_gradient<X, Y>,
+          column_moments<X>, columns_apply<X, Y>, columns_sums<X, Y>, columns_sum_x<X>,   columns_input_gradient<X, Y>,
+          drop<A, Y, A>,     drop<Y, A, A>,       rows_residual<X>,   columns_residual<X>};
 }
 
 #ifndef LDM_FUSED_AVX512_BF16

@@ -1,6 +1,7 @@
 // The kernels for any processor that the compiler targets by default.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 

@@ -79,10 +79,53 @@ __device__ __forceinline__ A silu_slope(A u) {
   return s * (A(1) + u * (A(1) - s));
 }
 
-template <class Y, class A>
-__device__ __forceinline__ Y activated(const ChannelAffine<A>& affine, A x, bool silu) {
-  const A u = affine(x);
-  return narrow<Y>(silu ? u * sigmoid<kFast<Y>>(u) : u);
+// ---- Dropout --------------------------------------------------------------------------------------------------
+
+// What dropout keeps, for a thread that has read the seed.
+template <class A>
+class Mask {
+ public:
+  __device__ __forceinline__ explicit Mask(const Dropout& dropout)
+      : is_on_(dropout.seed != nullptr),
+        keep_below_(dropout.keep_below),
+        seed_(is_on_ ? uint64_t(*dropout.seed) : 0),
+        scale_(A(dropout.scale)) {}
+
+  // Multiplies V consecutive values by their factors; the place of the first in the tensor's memory is a multiple of V.
+  template <int V>
+  __device__ __forceinline__ void apply(A (&values)[V], int64_t first) const {
+    if (!is_on_) return;
+    constexpr int kTogether = V < kElementsPerCounter ? V : kElementsPerCounter;
+#pragma unroll
+    for (int i = 0; i < V; i += kTogether) {
+      const RandomBits bits = random_bits(seed_, uint64_t(first + i) / kElementsPerCounter);
+      const int offset = kTogether < kElementsPerCounter ? int(first % kElementsPerCounter) : 0;
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) values[i + e] *= bits.of(offset + e) < keep_below_ ? scale_ : A(0);
+    }
+  }
+
+ private:
+  bool is_on_;
+  uint32_t keep_below_;
+  uint64_t seed_;
+  A scale_;
+};
+
+// What is stored of V consecutive elements, of which u(e) is what the activation takes.
+template <class Y, int V, class A, class F>
+__device__ __forceinline__ Vec<Y, V> activated(const Mask<A>& mask, int64_t first, bool silu, F&& u) {
+  A values[V];
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const A value = u(e);
+    values[e] = silu ? value * sigmoid<kFast<Y>>(value) : value;
+  }
+  mask.apply(values, first);
+  Vec<Y, V> out;
+#pragma unroll
+  for (int e = 0; e < V; ++e) out.e[e] = narrow<Y>(values[e]);
+  return out;
 }
 
 // ---- Reductions -----------------------------------------------------------------------------------------------

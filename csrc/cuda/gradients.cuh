@@ -25,6 +25,19 @@ struct ChannelGradient {
   Projection<A> projection;
 };
 
+// dy of V consecutive elements as it comes through dropout, in the arithmetic's type.
+template <class A, int V>
+struct OutputGradient {
+  A e[V];
+
+  template <class Y>
+  __device__ __forceinline__ OutputGradient(const Mask<A>& mask, int64_t first, const Vec<Y, V>& dy) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) e[i] = widen(dy.e[i]);
+    mask.apply(e, first);
+  }
+};
+
 // dy times the activation's derivative at x.
 template <bool Fast, class A>
 __device__ __forceinline__ A gradient_of_affine(const ChannelAffine<A>& affine, A x, A dy, bool silu) {

@@ -34,9 +34,11 @@ int64_t workspace_of(const Plan& plan, const Shape& shape, int partial, int exch
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                                   const OptionalTensor& bias, double eps, bool silu,
                                                   const OptionalTensor& pre_bias, const OptionalTensor& scale,
-                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype) {
+                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype,
+                                                  const OptionalTensor& dropout_seed, double dropout_p) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
+  const Dropout dropout = dropout_of(dropout_seed, dropout_p, call.x);
   if (call.is_empty()) return {call.y, call.mean, call.rstd};
   ForwardParams params{};
   params.x = call.x.data_ptr();
@@ -46,6 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
   params.affine = call.parameters.affine;
   params.shape = call.shape;
   params.eps = eps;
+  params.dropout = dropout;
   params.silu = silu;
   launch_what_fits(device_of(x), "group_norm_act", [&](const Device& device) {
     const Plan plan = plan_forward(call.shape, call.x_dtype, call.y_dtype, is_aligned(call.x),
@@ -64,9 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
     const OptionalTensor& bias, bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut) {
+    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut,
+    const OptionalTensor& dropout_seed, double dropout_p) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask, dx_shortcut);
+  const Dropout dropout = dropout_of(dropout_seed, dropout_p, call.x);
   if (call.is_empty()) return call.outputs();
   const int sums = call.gradients.pre_bias.data ? 3 : 2;
   const Tensor totals = workspace(sums * call.shape.rows(), call.x);
@@ -83,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   params.affine = call.parameters.affine;
   params.gradients = call.gradients;
   params.shape = call.shape;
+  params.dropout = dropout;
   params.sums = sums;
   params.silu = silu;
   launch_what_fits(device_of(x), "group_norm_act_backward", [&](const Device& device) {

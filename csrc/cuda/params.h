@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/plan.h"
+#include "dropout.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -17,6 +18,7 @@ struct ForwardParams {
   Tiling reduce, apply;  // two passes
   Residence residence;   // one read
   double eps;
+  Dropout dropout;
   bool silu;
 };
 
@@ -35,7 +37,8 @@ struct BackwardParams {
   Shape shape;
   Tiling reduce, apply;  // two passes
   Residence residence;   // one read
-  int sums;              // 2, or 3 where dpre_bias is wanted
+  Dropout dropout;
+  int sums;  // 2, or 3 where dpre_bias is wanted
   bool silu;
 };
 

@@ -35,6 +35,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   const Y* const dy;
   const X* const shortcut;
   X* const dx;
+  const Mask<float> mask;
 
   __device__ __forceinline__ ResidentBackward(const BackwardParams& p, void* shared)
       : Block(p, shared, p.sums, p.sums),
@@ -42,7 +43,8 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
         x(static_cast<const X*>(p.x)),
         dy(static_cast<const Y*>(p.dy)),
         shortcut(static_cast<const X*>(p.shortcut)),
-        dx(static_cast<X*>(p.dx)) {}
+        dx(static_cast<X*>(p.dx)),
+        mask(p.dropout) {}
 
   __device__ __forceinline__ void copy_to(int end) {
     this->loader.copy_to(end, shape, r, [&](int slot, int64_t at) {
@@ -103,11 +105,12 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
       for (int c = 0; c < Block::kChannels; ++c) affine[c] = tables.affine[span.channel + c];
       ChannelSums<Block::kChannels> sums{};
       for (int step = 0; step < r.steps; step += kBatch) {
-        each_of_batch(span, round, step, 0, r.total(), [&](int, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+        each_of_batch(span, round, step, 0, r.total(), [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+          const OutputGradient<float, V> gradient(mask, span.at(step + i), vdy);
 #pragma unroll
           for (int e = 0; e < V; ++e) {
             const int c = kColumns ? e : 0;
-            accumulate<kFast<X>>(sums.of[c], affine[c], float(widen(vx.e[e])), float(widen(vdy.e[e])), p.silu);
+            accumulate<kFast<X>>(sums.of[c], affine[c], float(widen(vx.e[e])), gradient.e[e], p.silu);
           }
         });
       }
@@ -204,10 +207,11 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
         }
       }
       each_of_batch(span, round, step, from, to, [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+        const OutputGradient<float, V> gradient(mask, span.at(step + i), vdy);
         Vec<X, V> out;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          out.e[e] = input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), float(widen(vdy.e[e])),
+          out.e[e] = input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), gradient.e[e],
                                        float(widen(add[i].e[e])), p.silu);
         }
         store(dx + span.at(step + i), out);

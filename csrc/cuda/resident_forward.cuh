@@ -94,9 +94,10 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   const ForwardParams& p;
   const X* const x;
   Y* const y;
+  const Mask<float> mask;
 
   __device__ __forceinline__ ResidentForward(const ForwardParams& p, void* shared)
-      : Block(p, shared, 2, 0), p(p), x(static_cast<const X*>(p.x)), y(static_cast<Y*>(p.y)) {}
+      : Block(p, shared, 2, 0), p(p), x(static_cast<const X*>(p.x)), y(static_cast<Y*>(p.y)), mask(p.dropout) {}
 
   __device__ __forceinline__ void copy_to(int end) {
     this->loader.copy_to(end, shape, r,
@@ -207,10 +208,8 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   }
 
   __device__ __forceinline__ void write(const Vector& in, const Affines& affine, int64_t at) const {
-    Vec<Y, V> out;
-#pragma unroll
-    for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[kColumns ? e : 0], float(widen(in.e[e])), p.silu);
-    store(y + at, out);
+    const auto u = [&](int e) { return affine[kColumns ? e : 0](float(widen(in.e[e]))); };
+    store(y + at, activated<Y, V>(mask, at, p.silu, u));
   }
 
   // y of what did not fit, the last read first.

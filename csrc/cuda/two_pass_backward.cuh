@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
     const X* x = static_cast<const X*>(p.x) + unit.first;
     const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
     const auto affine = load_affine<A>(p, unit.n, unit.c);
-    stream<V>(unit, 1, x, dy, [&](int64_t, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+    const Mask<A> mask(p.dropout);
+    stream<V>(unit, 1, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+      const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        accumulate<kFast<X>>(sums, affine, A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
-      }
+      for (int e = 0; e < V; ++e) accumulate<kFast<X>>(sums, affine, A(widen(vx.e[e])), gradient.e[e], p.silu);
     });
   }
   sums = team_reduce(sums, p.reduce.team);
@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(Backwar
   ChannelAffine<A> affine[V];
   GradientSums<A> sums[V]{};
   share_columns(p.shape, affine, [&](int64_t c) { return load_affine<A>(p, unit.n, c); });
-  stream<V>(unit, p.shape.channels, x, dy, [&](int64_t, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+  const Mask<A> mask(p.dropout);
+  stream<V>(unit, p.shape.channels, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
+    const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      accumulate<kFast<X>>(sums[e], affine[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), p.silu);
-    }
+    for (int e = 0; e < V; ++e) accumulate<kFast<X>>(sums[e], affine[e], A(widen(vx.e[e])), gradient.e[e], p.silu);
   });
 
   using SumRows = Rows<GradientSums<A>, V>;
@@ -116,11 +116,13 @@ __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p
   const X* shortcut = p.shortcut ? static_cast<const X*>(p.shortcut) + unit.first : nullptr;
   X* dx = static_cast<X*>(p.dx) + unit.first;
   const auto channel = load_channel<A>(p, unit.n, unit.c);
+  const Mask<A> mask(p.dropout);
   stream<V>(unit, 1, x, dy, shortcut, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>& add) {
+    const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
     Vec<X, V> out;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      out.e[e] = input_gradient<X>(channel, A(widen(vx.e[e])), A(widen(vdy.e[e])), A(widen(add.e[e])), p.silu);
+      out.e[e] = input_gradient<X>(channel, A(widen(vx.e[e])), gradient.e[e], A(widen(add.e[e])), p.silu);
     }
     store(dx + at, out);
   });
@@ -137,13 +139,14 @@ __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParam
   X* dx = static_cast<X*>(p.dx) + unit.first;
   ChannelGradient<A> channel[V];
   share_columns(p.shape, channel, [&](int64_t c) { return load_channel<A>(p, unit.n, c); });
+  const Mask<A> mask(p.dropout);
   stream<V>(unit, p.shape.channels, x, dy, shortcut,
             [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>& add) {
+              const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
               Vec<X, V> out;
 #pragma unroll
               for (int e = 0; e < V; ++e) {
-                out.e[e] =
-                    input_gradient<X>(channel[e], A(widen(vx.e[e])), A(widen(vdy.e[e])), A(widen(add.e[e])), p.silu);
+                out.e[e] = input_gradient<X>(channel[e], A(widen(vx.e[e])), gradient.e[e], A(widen(add.e[e])), p.silu);
               }
               store(dx + at, out);
             });

@@ -143,11 +143,10 @@ __global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
   const X* x = static_cast<const X*>(p.x) + unit.first;
   Y* y = static_cast<Y*>(p.y) + unit.first;
   const auto affine = load_affine<A>(p, unit.n, unit.c);
+  const Mask<A> mask(p.dropout);
   stream<V>(unit, 1, x, [&](int64_t at, const Vec<X, V>& in) {
-    Vec<Y, V> out;
-#pragma unroll
-    for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine, A(widen(in.e[e])), p.silu);
-    store(y + at, out);
+    const auto u = [&](int e) { return affine(A(widen(in.e[e]))); };
+    store(y + at, activated<Y, V>(mask, unit.first + at, p.silu, u));
   });
 }
 
@@ -160,11 +159,10 @@ __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
   Y* y = static_cast<Y*>(p.y) + unit.first;
   ChannelAffine<A> affine[V];
   share_columns(p.shape, affine, [&](int64_t c) { return load_affine<A>(p, unit.n, c); });
+  const Mask<A> mask(p.dropout);
   stream<V>(unit, p.shape.channels, x, [&](int64_t at, const Vec<X, V>& in) {
-    Vec<Y, V> out;
-#pragma unroll
-    for (int e = 0; e < V; ++e) out.e[e] = activated<Y>(affine[e], A(widen(in.e[e])), p.silu);
-    store(y + at, out);
+    const auto u = [&](int e) { return affine[e](A(widen(in.e[e]))); };
+    store(y + at, activated<Y, V>(mask, unit.first + at, p.silu, u));
   });
 }
 

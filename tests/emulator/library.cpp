@@ -27,7 +27,8 @@ Extent extent_of(AtenTensorHandle tensor) {
   aoti_torch_get_strides(tensor, &strides);
   int32_t dtype;
   aoti_torch_get_dtype(tensor, &dtype);
-  itemsize = dtype == aoti_torch_dtype_float64() ? 8 : dtype == aoti_torch_dtype_float32() ? 4 : 2;
+  const bool is_wide = dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_int64();
+  itemsize = is_wide ? 8 : dtype == aoti_torch_dtype_float32() ? 4 : 2;
   for (int64_t axis = 0; axis < dim; ++axis) {
     if (sizes[axis] == 0) return {begin, 0};
     elements += (sizes[axis] - 1) * strides[axis];
