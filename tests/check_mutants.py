@@ -31,7 +31,7 @@ smaller_size or same_bits_in_every and (clusters or default) or emulated and (fl
 or large_mean or misaligned) and not (64-64 or 16385) or test_residual and (emulated and (float32 or optional) or
 as_planned) and not 16385""".replace("\n", " ")
 TESTS = ["-x", "-q", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py", "tests/test_traffic.py",
-         "tests/test_kernels.py", "tests/test_residual.py", "-k", SELECTION]
+         "tests/test_kernels.py", "tests/test_residual.py", "tests/test_dropout.py", "-k", SELECTION]
 # The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
 FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
 PATIENCE = 4  # how many times what the tests take without a mutant; other runs share the machine
@@ -40,7 +40,7 @@ PATIENCE = 4  # how many times what the tests take without a mutant; other runs 
 BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_sync\(\)(?=;)|"
            r"__pipeline_commit\(\)|__pipeline_wait_prior\(\d\)")
 # Bounds that the compiler evaluates, and those that choose between ways to the same result.
-NO_BOUNDS = ("alignas(", "sizeof(X) < sizeof(Y)", "kHeld > 0")
+NO_BOUNDS = ("alignas(", "static_assert(", "sizeof(X) < sizeof(Y)", "kHeld > 0")
 
 # Part of a line, the mistake made in that part, and why it changes no result.
 HARMLESS = [

@@ -1,6 +1,6 @@
 """Data-parallel training on two gloo processes: DDP and FSDP2 give the gradients that one process has.
 
-This file is a program too, one of the processes: `python tests/test_distributed.py KIND BIASES RANK FILE`, where
+This file is a program too, one of the processes: `python tests/test_distributed.py KIND BIASES DROPOUT RANK FILE`, where
 BIASES is "left" if they are left to the fused ops, as on CUDA.
 """
 
@@ -24,10 +24,10 @@ OPTIONS = dict(in_channels=32, dropout=0.0, temb_channels=16)
 class Two(nn.Module):
     """Two blocks with a time embedding, the second one recomputing."""
 
-    def __init__(self, cls=reference.ResnetBlock):
+    def __init__(self, cls=reference.ResnetBlock, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = cls(**OPTIONS), cls(**OPTIONS)
+        self.first, self.second = (cls(**{**OPTIONS, **options}) for _ in range(2))
 
     def forward(self, x, temb):
         return self.second(self.first(x, temb), temb)
@@ -42,18 +42,25 @@ def loss(model, x, temb):
     return model(x, temb).square().mean()
 
 
-def expected():
-    """The reference's gradients over the whole batch, by name."""
-    model = Two()
-    loss(model, *batch()).backward()
+def part_of_batch(rank):
+    return [t[2 * rank:2 * rank + 2] for t in batch()]
+
+
+def expected(dropout=0.0):
+    """The gradients over the whole batch, by name, of the reference, which with dropout is one process's own blocks:
+    each part of the batch with the seed of its rank."""
+    model = Two(FusedResnetBlock, dropout=dropout) if dropout else Two()
+    for rank in range(WORLD):
+        torch.manual_seed(rank)
+        (loss(model, *part_of_batch(rank)) / WORLD).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def distributed(kind, rank):
+def distributed(kind, dropout, rank):
     """This process's gradients, gathered, by name: of its part of the batch, averaged over all processes."""
     from torch.distributed.fsdp import fully_shard
 
-    model = Two(FusedResnetBlock)
+    model = Two(FusedResnetBlock, dropout=dropout)
     model.second.recompute = True
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
@@ -62,16 +69,17 @@ def distributed(kind, rank):
             fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
     for _ in range(2):  # the second pass finds what the first has changed
         model.zero_grad()
-        loss(model, *(t[2 * rank:2 * rank + 2] for t in batch())).backward()
+        torch.manual_seed(rank)
+        loss(model, *part_of_batch(rank)).backward()
     gathered = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gathered.items()}
 
 
-def main(kind, biases, rank, file):
+def main(kind, biases, dropout, rank, file):
     if biases == "left":
         modules._has_separate_bias = lambda x: True
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=WORLD)
-    found, want = distributed(kind, int(rank)), expected()
+    found, want = distributed(kind, float(dropout), int(rank)), expected(float(dropout))
     assert set(found) == set(want)
     for name in want:
         torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -80,14 +88,15 @@ def main(kind, biases, rank, file):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-@pytest.mark.parametrize("biases", ["added", "left"])
+@pytest.mark.parametrize("biases,dropout", [("added", "0.0"), ("left", "0.4")])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_have_the_gradients_of_one(kind, biases, tmp_path):
+def test_two_processes_have_the_gradients_of_one(kind, biases, dropout, tmp_path):
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
                    "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen([sys.executable, __file__, kind, biases, str(rank), str(tmp_path / "rendezvous")],
-                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    processes = [subprocess.Popen([sys.executable, __file__, kind, biases, dropout, str(rank),
+                                   str(tmp_path / "rendezvous")], env=environment, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True)
                  for rank in range(WORLD)]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_within_bound, make_case
 from small_cases import run
+from test_dropout import factors
 from test_kernels import DTYPES  # of x and of y
 
 import ldm_fused
@@ -155,11 +157,26 @@ def all_results():
     return results, wrong
 
 
+DROPOUT = 0x0123456789ABCDEF, 0.3  # seed and probability
+
+
+def kept_by_dropout():
+    """Which elements each case's output keeps."""
+    kept = {}
+    for shape, num_groups in SHAPES:
+        for dtype, layout in product((torch.float64, torch.float32, torch.bfloat16), ("contiguous", "channels_last")):
+            case = make_case(shape, num_groups, dtype, layout, options=(), silu=False)
+            seed, p = DROPOUT
+            y, _, _ = torch.ops.ldm_fused.group_norm_act(*case.arguments(), torch.tensor([seed]), p)
+            kept[shape, num_groups, dtype, layout] = y != 0
+    return kept
+
+
 def main(path):
     torch.set_num_threads(1)  # of several small steps each would wait for the slower thread, long on a busy machine
     results, wrong = all_results()
     found = {"isa": ldm_fused.build_info()["cpu_isa"], "errors": measured_errors(), "results": results, "wrong": wrong,
-             "not finite": {path: silu(NOT_FINITE, *PATHS[path][:2]) for path in PATHS}}
+             "not finite": {path: silu(NOT_FINITE, *PATHS[path][:2]) for path in PATHS}, "kept": kept_by_dropout()}
     print(found["isa"], found["errors"])
     torch.save(found, path)
 
@@ -209,6 +226,12 @@ def test_silu_of_what_is_not_finite_is_as_in_eager(found_with, isa, path):
 
 def test_results_are_right(found_with, isa):
     assert found_with(isa)["wrong"] == []
+
+
+def test_dropout_keeps_the_same_with_every_set(found_with, isa):
+    for (shape, num_groups, dtype, layout), kept in found_with(isa)["kept"].items():
+        x = make_case(shape, num_groups, dtype, layout, options=()).x
+        assert torch.equal(kept, factors(x, *DROPOUT) != 0), (shape, dtype, layout)
 
 
 def test_results_agree_with_the_baseline(found_with, isa):

@@ -107,11 +107,12 @@ def kept_and_gradients(block, x):
     return sum(t.shape == x.shape for t in saved.values()), gradients
 
 
-def test_keeps_four_tensors_and_two_with_recompute(device):
-    block, fused = pair(device, in_channels=32, dropout=0.0)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_keeps_four_tensors_and_two_with_recompute(device, dropout):
+    block, fused = pair(device, in_channels=32, dropout=dropout)
     x, _ = inputs(block, device)
     kept = [kept_and_gradients(b, x)[0] for b in (block, fused, FusedResnetBlock.from_module(fused, recompute=True))]
-    assert kept == [8, 4, 2]
+    assert kept == [9 if dropout else 8, 4, 2]  # PyTorch keeps dropout's mask
 
 
 class Calls(TorchDispatchMode):
@@ -170,12 +171,71 @@ def test_dropout_follows_its_module(device):
     assert torch.equal(first, fused(x))
 
 
+class Factors(nn.Module):
+    """What a call of the op has multiplied its output by, in place of dropout."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, h):
+        return h * ops.dropout_factors(self.call)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_dropout_is_part_of_the_second_norm(device, name, recompute, fused_calls):
+    block, fused = pair(device, torch.float64, **{**CONFIGURATIONS[name], "dropout": 0.4})
+    fused.recompute = recompute
+    x, temb = inputs(block, device, torch.float64)
+    dy = torch.randn_like(block(x, temb))
+    ours = results(fused, x, temb, dy)
+    assert [call.dropout_p for call in fused_calls] == [0.0, 0.4, *[0.4, 0.0] * recompute]
+    assert all(torch.equal(call.dropout_seed, fused_calls[1].dropout_seed) for call in fused_calls if call.dropout_p)
+    block.dropout = Factors(fused_calls[1])
+    for a, b in zip(ours, results(block, x, temb, dy)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("odd", ["hooked norm", "hooked dropout", "subclassed dropout", "tiny probability"])
+def test_dropout_beside_what_must_be_called(odd, fused_calls):
+    block, fused = pair(dtype=torch.float64, in_channels=32, dropout=0.5)
+    for b in (block, fused):
+        if odd == "hooked norm":
+            b.norm2.register_forward_hook(lambda *_: None)
+        elif odd == "hooked dropout":
+            b.dropout.register_forward_hook(lambda module, args, output: output * 2)
+        elif odd == "subclassed dropout":
+            b.dropout = type("Dropout", (nn.Dropout,), {})(0.5)
+        else:
+            b.dropout.p = 1e-3
+    x, _ = inputs(block, dtype=torch.float64)
+    found = []
+    for b in (block, fused):
+        torch.manual_seed(0)
+        found.append(b(x))
+    torch.testing.assert_close(*found)
+    assert all(call.dropout_seed is None for call in fused_calls) and fused_calls
+
+
 def test_output_never_aliases_the_input(device):
     _, fused = pair(device, in_channels=32, dropout=0.0)
     x = torch.randn(2, 32, 8, 8, device=device)
     before = x.clone()
     fused(x).zero_()
     assert torch.equal(x, before)
+
+
+def test_fullgraph_compile_with_dropout(device):
+    _, fused = pair(device, in_channels=32, dropout=0.4)
+    x, _ = inputs(fused, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True)
+    y = compiled(x)
+    y.square().sum().backward()
+    assert not torch.equal(compiled(x), y) and x.grad.isfinite().all()
+    fused.eval()
+    torch.testing.assert_close(compiled(x), fused(x), rtol=1e-3, atol=1e-4)
 
 
 def test_fullgraph_compile_with_backward(device):
@@ -187,12 +247,16 @@ def test_fullgraph_compile_with_backward(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(device, dtype, fused_calls):
-    block, fused = pair(device, **CONFIGURATIONS["time embedding"])
+def test_autocast(device, dtype, dropout, fused_calls):
+    block, fused = pair(device, **{**CONFIGURATIONS["time embedding"], "dropout": dropout})
     x, temb = (t.detach() for t in inputs(block, device))
     with torch.autocast(device, torch.bfloat16):
-        ours, theirs = fused(x.to(dtype), temb), block(x.to(dtype), temb)
+        ours = fused(x.to(dtype), temb)
+        if dropout:
+            block.dropout = Factors(fused_calls[1])
+        theirs = block(x.to(dtype), temb)
     assert ours.dtype == theirs.dtype and len(fused_calls) == 2
     exact = block(x, temb).double()
     errors = [(y.double() - exact).square().mean().sqrt() for y in (ours, theirs)]

@@ -95,14 +95,11 @@ class Mask {
   template <int V>
   __device__ __forceinline__ void apply(A (&values)[V], int64_t first) const {
     if (!is_on_) return;
-    constexpr int kTogether = V < kElementsPerCounter ? V : kElementsPerCounter;
+    static_assert(V <= kElementsPerCounter, "a vector's random bits come from one counter");
+    const RandomBits bits = random_bits(seed_, uint64_t(first) / kElementsPerCounter);
+    const int offset = V == kElementsPerCounter ? 0 : int(first % kElementsPerCounter);
 #pragma unroll
-    for (int i = 0; i < V; i += kTogether) {
-      const RandomBits bits = random_bits(seed_, uint64_t(first + i) / kElementsPerCounter);
-      const int offset = kTogether < kElementsPerCounter ? int(first % kElementsPerCounter) : 0;
-#pragma unroll
-      for (int e = 0; e < kTogether; ++e) values[i + e] *= bits.of(offset + e) < keep_below_ ? scale_ : A(0);
-    }
+    for (int e = 0; e < V; ++e) values[e] *= bits.of(offset + e) < keep_below_ ? scale_ : A(0);
   }
 
  private:
