@@ -59,6 +59,7 @@ HARMLESS = [
     ("r.team > 8", "bound - 1", "asks for what is granted anyway"),
     ("k < kBatch;", "bound + 1", "not seen: the compiler lets a struct be assigned one behind an array's end"),
     ("c < kChannels; ++c) of[c]", "bound + 1", "not seen: the compiler does not watch the last array of a struct"),
+    ("i < V; ++i) e[i] = widen(dy", "bound + 1", "not seen: the compiler does not watch the last array of a struct"),
     ("step < r.steps; step += kBatch", "bound + 1", "each vector in the loop is checked by itself"),
     ("step < steps; step += kBatch", "bound + 1", "each vector in the loop is checked by itself"),
     ("step >= 0; step -= kBatch", "bound - 1", "a multiple of a batch, which has two vectors or more"),

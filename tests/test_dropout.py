@@ -50,14 +50,19 @@ def test_known_answers(counter, key, words):
     assert [f"{word:08x}" for word in philox(counter, key)] == words.split()
 
 
-def factors(x, seed, p):
-    """What each element of x is multiplied by: element i in memory has half i % 8 of the words of counter i / 8."""
-    counters = np.arange((x.numel() + 7) // 8, dtype=np.uint64)
+def random_bits(count, seed):
+    """16 for each of the elements in memory: element i has half i % 8 of the words of counter i / 8."""
+    counters = np.arange((count + 7) // 8, dtype=np.uint64)
     none = np.zeros_like(counters)
     words = philox([counters & np.uint64(0xFFFFFFFF), counters >> np.uint64(32), none, none],
                    [seed & 0xFFFFFFFF, seed >> 32])
-    halves = np.stack([words & 0xFFFF, words >> 16], -1).reshape(-1)[:x.numel()]
-    kept = torch.from_numpy((halves < round((1 - p) * 65536)).astype(np.float64)) / (1 - p)
+    return np.stack([words & 0xFFFF, words >> 16], -1).reshape(-1)[:count]
+
+
+def factors(x, seed, p):
+    """What each element of x is multiplied by."""
+    kept = random_bits(x.numel(), seed) < round((1 - p) * 65536)
+    kept = torch.from_numpy(kept.astype(np.float64)) / (1 - p)
     return torch.empty_like(x, dtype=torch.float64, device="cpu").copy_(kept.as_strided(x.shape, x.stride()))
 
 
@@ -126,6 +131,17 @@ def test_every_tier(name, shape, num_groups, dtype, out_dtype, layout):
     kernels = SimpleNamespace(device="cpu", forward=emulated.group_norm_act, backward=emulated.group_norm_act_backward)
     with emulated.device(DEVICES[name]):
         assert_within_bound(case, run(with_dropout(kernels, SEED, 0.3), case), *dropped(case, SEED, 0.3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype,out_dtype", DTYPES[1:2], ids=str)
+def test_whose_bits_are_the_bound_is_dropped_and_the_next_kept(kernels, dtype, out_dtype, layout):
+    case = make_case((2, 8, 6, 5), 2, dtype, layout, options=(), silu=False)
+    bits = random_bits(case.x.numel(), SEED)
+    for bound in (int(np.sort(bits)[len(bits) // 2]), int(np.sort(bits)[len(bits) // 2]) + 1):
+        p = 1 - bound / 65536
+        kept = run(with_dropout(kernels, SEED, p), case)["y"].cpu() != 0
+        assert torch.equal(kept, factors(case.x, SEED, p) != 0) and kept.sum() == (bits < bound).sum()
 
 
 def test_nan_and_infinity_stay_where_they_are_dropped(kernels):
