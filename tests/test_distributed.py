@@ -6,6 +6,7 @@ BIASES is "left" if they are left to the fused ops, as on CUDA.
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 
 from ldm_fused import FusedResnetBlock, modules, reference
 
+ROOT = Path(__file__).resolve().parents[1]
 WORLD = 2
 OPTIONS = dict(in_channels=32, dropout=0.0, temb_channels=16)
 
@@ -87,15 +89,20 @@ def main(kind, biases, dropout, rank, file):
     print("gradients agree")
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def environment():
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+
+
+@needs_distributed
 @pytest.mark.parametrize("biases,dropout", [("added", "0.0"), ("left", "0.4")])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_have_the_gradients_of_one(kind, biases, dropout, tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-                   "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [subprocess.Popen([sys.executable, __file__, kind, biases, dropout, str(rank),
-                                   str(tmp_path / "rendezvous")], env=environment, stdout=subprocess.PIPE,
+                                   str(tmp_path / "rendezvous")], env=environment(), stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, text=True)
                  for rank in range(WORLD)]
     try:
@@ -105,6 +112,27 @@ def test_two_processes_have_the_gradients_of_one(kind, biases, dropout, tmp_path
             process.kill()
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
     assert all("gradients agree" in output for output in outputs)
+
+
+@needs_distributed
+def test_the_example_trains_alike_under_ddp_and_fsdp2():
+    program = [str(ROOT / "benchmarks" / "train_autoencoder.py"), "--channels", "32", "--resolution", "16", "--batch", "1",
+               "--steps", "3", "--every", "1", "--lr", "1e-3"]
+    losses = []
+    for kind in ("ddp", "fsdp2"):
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                                 str(WORLD), *program, "--parallel", kind], env=environment(), capture_output=True,
+                                text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        losses.append([float(loss) for loss in re.findall(r"^step +\d+  loss ([\d.]+)  ", result.stdout, re.M)])
+    assert len(losses[0]) == 3 and len(set(losses[0])) == 3, losses
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)  # of four digits
+
+
+def test_the_example_says_how_it_is_started():
+    result = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_autoencoder.py")], capture_output=True,
+                            env={k: v for k, v in environment().items() if k != "RANK"}, text=True)
+    assert result.returncode == 1 and "torchrun --nproc-per-node 2" in result.stderr
 
 
 def test_the_comparison_can_fail():
