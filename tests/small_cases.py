@@ -57,12 +57,23 @@ def on(device, case, offset=0):
     return replace(case.to(device), **moved)
 
 
-def run(case):
-    y, mean, rstd = torch.ops.ldm_fused.group_norm_act(*case.arguments())
+def run(case, dropout=()):
+    """``dropout`` is a seed on the case's device and a probability."""
+    y, mean, rstd = torch.ops.ldm_fused.group_norm_act(*case.arguments(), *dropout)
     gradients = torch.ops.ldm_fused.group_norm_act_backward(
         case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu, case.pre_bias, case.scale, case.shift,
-        [True] * len(GRADIENTS))
+        [True] * len(GRADIENTS), None, *dropout)
     return {"y": y, **dict(zip(GRADIENTS, gradients))}
+
+
+def check_dropout(case, moved):
+    """The CPU's kernels drop the same elements."""
+    seed = torch.tensor([1234567890123456789])
+    expected, found = run(case, (seed, 0.3)), run(moved, (seed.to(moved.x.device), 0.3))
+    for name in ("y", "x"):
+        a, b = found[name].cpu(), expected[name]
+        unit = torch.finfo(b.dtype).eps * b.double().abs().max().item()
+        assert (a.double() - b.double()).abs().max().item() <= 8 * unit, f"{name} with dropout"
 
 
 def check_residual(case):
@@ -85,6 +96,7 @@ def run_all(device, shapes=SHAPES):
             moved = on(device, case, offset)
             assert_within_bound(case, run(moved), expected, baseline)
             check_residual(moved)
+            check_dropout(case, moved)
             count += 1
     return count
 
