@@ -1,7 +1,7 @@
 """Modules: :class:`GroupNormSiLU` and :class:`FusedResnetBlock`."""
 
 import copy
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +139,16 @@ def bias_left(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
     On CUDA PyTorch adds a convolution's bias in a kernel of its own, which reads and writes the whole tensor; on a CPU
     the convolution adds it on the way.
     """
-    if not _has_separate_bias(x) or ops.in_transform() or pristine.why_not(conv, nn.Conv2d, x.device) is not None:
+    if not _has_separate_bias(x) or ops.in_transform() or not _is_plain_convolution(conv, x.device):
         return None
     bias, out_dtype = conv.bias, conv.weight.dtype
     if functional.is_autocast(x) and out_dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(x.device.type)
     return bias if bias is not None and functional.takes_beside(bias.dtype, out_dtype) else None
+
+
+def _is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> bool:
+    return type(conv) in pristine.CONVOLUTIONS and pristine.why_not(conv, type(conv), device) is None
 
 
 def _has_separate_bias(x: Tensor) -> bool:
@@ -162,42 +166,72 @@ def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
 
 
 def norm_swish(
-    norm: nn.GroupNorm,
+    norm: nn.Module,
     x: Tensor,
     *,
     pre_bias: Optional[Tensor] = None,
     conv_bias: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+    act: Optional[nn.Module] = None,
     into: Optional[nn.Module] = None,
     shortcut: bool = False,
+    count: Callable[[Tensor, Optional[str]], None] = lambda x, reason: None,
 ) -> Tuple[Tensor, Tensor]:
-    """``swish(norm(x + conv_bias + pre_bias))``, in one op if ``norm`` is pristine, else by calling it; and x, which
-    whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's backward pass.
+    """``swish(norm(x + conv_bias + pre_bias) * (1 + scale) + shift)``, in one op if ``norm`` is pristine, else by calling
+    it; and x, which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's
+    backward pass.
 
-    ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out. ``into`` is the convolution that
-    takes the result: under autocast the op stores right in the dtype that a plain convolution would cast it to.
+    ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out, ``scale`` and ``shift`` (N, C).
+    ``act`` is the module that computes swish, where it is one. ``into`` is the convolution that takes the result: under
+    autocast the op stores right in the dtype that a plain convolution would cast it to. ``count`` is told of x, and the
+    reason why the norm was called, or None.
     """
     odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
-    if odd or pristine.why_not_norm(norm, x) is not None:
+    if odd or _why_not_norm_swish(norm, x, scale, shift, act) is not None:
         x, conv_bias = with_bias(x, conv_bias), None
         if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
-            x, pre_bias = x + pre_bias[:, :, None, None], None
-    if pristine.why_not_norm(norm, x) is not None:
-        return reference.swish(norm(x)), x
+            x, pre_bias = x + reference.per_channel(pre_bias, x), None
+    reason = _why_not_norm_swish(norm, x, scale, shift, act)
+    count(x, reason)
+    if reason is not None:
+        h = norm(x)
+        if scale is not None:
+            h = h * (1 + reference.per_channel(scale, h))
+        if shift is not None:
+            h = h + reference.per_channel(shift, h)
+        return (reference.swish if act is None else act)(h), x
     if conv_bias is not None:
         pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     dtype = _autocast_dtype_of_convolution(x, into)
     shortcut = shortcut and torch.is_grad_enabled()
-    if dtype is None and (functional.is_autocast(x) or not shortcut):
-        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias), x
-    arguments = functional.checked(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", pre_bias, None, None,
-                                   dtype)
+    keeps_dtype = pristine.keeps_dtype(norm)
+    if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
+        return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
+                                         shift=shift), x
+    arguments = functional.checked(x, norm.num_groups, weight, bias, norm.eps, "silu", pre_bias, scale, shift, dtype)
     return functional.run_and_shortcut(arguments) if shortcut else (functional.run(arguments), x)
+
+
+def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
+    reason = pristine.why_not_norm(norm, x)
+    if reason is not None:
+        return reason
+    if act is not None:
+        reason = pristine.why_not(act, nn.SiLU)
+        if reason is not None:
+            return f"its activation: {reason}"
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t is not None and (t.shape != x.shape[:2] or t.dtype not in (x.dtype, torch.float32)):
+            return f"its {name} is {t.dtype} {list(t.shape)} and the input {x.dtype} {list(x.shape)}"
+    return None
 
 
 def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
     """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
     device_type = x.device.type
-    if conv is None or not functional.is_autocast(x) or pristine.why_not(conv, nn.Conv2d) is not None:
+    if not functional.is_autocast(x) or not _is_plain_convolution(conv):
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return dtype if dtype == x.dtype or x.dtype == torch.float32 else None

@@ -4,14 +4,43 @@ Offloading libraries replace ``forward`` in the instance and leave parameters on
 profilers hook modules. Where anything of the kind is found the module itself is called, and the result is right.
 """
 
-from typing import Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-_FORWARD = {cls: cls.forward for cls in (nn.GroupNorm, nn.Conv2d, nn.Dropout, nn.Linear)}
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Conv1d)
+_FORWARD = {cls: cls.forward for cls in (nn.GroupNorm, *CONVOLUTIONS, nn.Dropout, nn.Linear, nn.SiLU, nn.Sequential)}
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
+
+
+class Norm(NamedTuple):
+    """What is known of a class of norms that the fused op computes."""
+
+    keeps_dtype: bool = False  # gives the input's dtype, also under CUDA autocast, where nn.GroupNorm gives float32
+    why_not_now: Callable[[nn.Module], Optional[str]] = lambda norm: None  # why an instance must be called, or None
+
+
+_NORMS = {nn.GroupNorm: Norm()}
+
+
+def know(cls: type) -> None:
+    """From now on ``cls``, with the forward that it has now, may be bypassed by whoever knows what it computes."""
+    _FORWARD.setdefault(cls, cls.forward)
+
+
+def know_norm(cls: type, norm: Norm) -> None:
+    know(cls)
+    _NORMS.setdefault(cls, norm)
+
+
+def keeps_dtype(norm: nn.Module) -> bool:
+    return _NORMS[type(norm)].keeps_dtype
+
+
+def is_norm(module: nn.Module) -> bool:
+    return type(module) in _NORMS
 
 
 def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
@@ -23,17 +52,23 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
     if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
         return f"{cls.__name__}.forward is replaced"
-    reason = why_not_instance(module)
+    reason = why_not_hooked(module)
     if reason is not None:
         return reason
-    if (_module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks
-            or _module._global_backward_pre_hooks):
-        return "there are global module hooks"
     if device is not None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device != device:
                 return f"its {name} is on {parameter.device} and the input on {device}"
     return None
+
+
+def why_not_hooked(module: nn.Module) -> Optional[str]:
+    """The reason why whoever calls ``module`` gets, or is told, more than its class's forward, or None."""
+    reason = why_not_instance(module)
+    if reason is None and (_module._global_forward_hooks or _module._global_forward_pre_hooks
+                           or _module._global_backward_hooks or _module._global_backward_pre_hooks):
+        reason = "there are global module hooks"
+    return reason
 
 
 def why_not_instance(module: nn.Module) -> Optional[str]:
@@ -45,9 +80,19 @@ def why_not_instance(module: nn.Module) -> Optional[str]:
     return None
 
 
-def why_not_norm(norm: nn.GroupNorm, x: Tensor) -> Optional[str]:
+def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
     """The reason why ``norm(x)`` must be called as it is, or None where the fused op may compute it."""
-    reason = why_not(norm, nn.GroupNorm, x.device)
-    if reason is None and norm.weight is not None and norm.weight.dtype not in (x.dtype, torch.float32):
-        reason = f"its weight is {norm.weight.dtype} and the input {x.dtype}"
-    return reason
+    cls = type(norm) if type(norm) in _NORMS else nn.GroupNorm
+    return why_not(norm, cls, x.device) or why_not_beside(norm, x) or _NORMS[cls].why_not_now(norm)
+
+
+def why_not_beside(norm: nn.Module, x: Tensor) -> Optional[str]:
+    """The reason why the fused op would not take ``norm``'s parameters beside ``x``, or None."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"its weight is {weight.dtype} and the input {x.dtype}"
+    if weight.device != x.device:
+        return f"its weight is on {weight.device} and the input on {x.device}"
+    return None

@@ -1,0 +1,167 @@
+"""A norm and an activation that are called one after the other in the forward of the module that has them.
+
+That forward is neither copied nor changed. The parent says, while its forward runs, that it does; then its norm computes
+the activation too, and the activation passes that very tensor on. Each of them called alone, or from elsewhere, computes
+what it always did, to the bit.
+"""
+
+import threading
+from types import FunctionType
+from typing import Callable, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, pristine
+from . import site, swap
+from .adapter import Adapter
+
+
+class _Frame:
+    """A parent's forward that is running."""
+
+    def __init__(self, norm: nn.Module, act: Optional[nn.Module], count: Callable, passes_on: bool,
+                 why_not: Optional[str]) -> None:
+        self.norm, self.act, self.count = norm, act, count
+        self.passes_on = passes_on  # whether the activation passes on what the norm has activated
+        self.why_not = why_not  # the two are not fused
+        self.pending: Optional[Tensor] = None  # which the norm has, and the activation has not seen
+
+
+class _Here(threading.local):
+    frame: Optional[_Frame] = None  # the innermost one in this thread
+
+
+_here = _Here()
+
+
+class Norm(Adapter):
+    def sites(self, norm: nn.GroupNorm) -> Sequence[str]:
+        return ()  # counted by its parent
+
+    def forward(self, norm: nn.GroupNorm, input: Tensor) -> Tensor:
+        frame = _here.frame
+        if frame is None or frame.norm is not norm:
+            return swap.as_before(norm, input)
+        reason = frame.why_not or pristine.why_not_hooked(norm) or pristine.why_not_beside(norm, input)
+        if reason is None and frame.act is not None:
+            reason = pristine.why_not_hooked(frame.act)
+            reason = reason and f"its activation: {reason}"
+        frame.count(input, reason)
+        if reason is not None:
+            return swap.as_before(norm, input)
+        y = functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps,
+                                      activation="silu" if frame.passes_on else None)
+        frame.pending = y if frame.passes_on else None
+        return y
+
+
+class Act(Adapter):
+    def sites(self, act: nn.SiLU) -> Sequence[str]:
+        return ()
+
+    def forward(self, act: nn.SiLU, input: Tensor) -> Tensor:
+        return input if _seen(input) else swap.as_before(act, input)
+
+
+def _seen(x: Tensor) -> bool:
+    """Whether x is what this thread's norm has just activated."""
+    frame = _here.frame
+    if frame is None or frame.pending is None or frame.pending is not x:
+        return False
+    frame.pending = None
+    return True
+
+
+class Parent(Adapter):
+    """The module whose forward calls its ``norm`` and on the result, at once, its ``act``; both are names."""
+
+    is_container = True
+
+    def __init__(self, norm: str, act: str) -> None:
+        self.norm, self.act = norm, act
+
+    def why_not(self, parent: nn.Module) -> Optional[str]:
+        norm, act = getattr(parent, self.norm), getattr(parent, self.act)
+        if type(norm) is not nn.GroupNorm:
+            return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
+        return None if type(act) is nn.SiLU else f"{self.act} is a {type(act).__name__}, not SiLU"
+
+    def sites(self, parent: nn.Module) -> Sequence[str]:
+        return (self.norm,) if getattr(parent, self.norm, None) is not None else ()
+
+    def parts(self, parent: nn.Module):
+        return {self.norm: Norm(), self.act: Act()}
+
+    def example(self, parent: nn.Module):
+        return None  # a whole model: looked at while it runs, by what is still pending at its end
+
+    def variant(self, parent: nn.Module):
+        return None
+
+    def forward(self, parent: nn.Module, *args, **kwargs):
+        state, before = site.state(parent), _here.frame
+        _here.frame = frame = _Frame(getattr(parent, self.norm), self.activation(parent), state.sites[0].count,
+                                     self.passes_on(), state.why_not)
+        try:
+            result = self.body(parent, frame, *args, **kwargs)
+            if frame.pending is not None:  # somebody changed the class's forward, and this result is wrong
+                frame.why_not = state.why_not = f"{self.act} was not called on what {self.norm} gave"
+                frame.pending = None
+                result = self.body(parent, frame, *args, **kwargs)
+            return result
+        finally:
+            _here.frame = before
+
+    def passes_on(self) -> bool:
+        return True
+
+    def activation(self, parent: nn.Module) -> Optional[nn.Module]:
+        return getattr(parent, self.act)
+
+    def body(self, parent: nn.Module, frame: _Frame, *args, **kwargs):
+        return swap.as_before(parent, *args, **kwargs)
+
+
+class ParentOfFunction(Parent):
+    """The same where the activation is a function, ``act``, of the file that the parent's class is in.
+
+    The class's forward is run with that one name meaning a function that passes on what is activated already. While
+    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused.
+    """
+
+    def why_not(self, parent: nn.Module) -> Optional[str]:
+        norm, act = getattr(parent, self.norm), _globals(parent).get(self.act)
+        if type(norm) is not nn.GroupNorm:
+            return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
+        x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+        if not isinstance(act, FunctionType) or not torch.allclose(act(x), x * torch.sigmoid(x), rtol=1e-12):
+            return f"{self.act} is not swish"
+        return None
+
+    def parts(self, parent: nn.Module):
+        return {self.norm: Norm()}
+
+    def passes_on(self) -> bool:
+        return not torch.compiler.is_compiling()
+
+    def activation(self, parent: nn.Module) -> Optional[nn.Module]:
+        return None
+
+    def body(self, parent: nn.Module, frame: _Frame, *args, **kwargs):
+        if not frame.passes_on:
+            return swap.as_before(parent, *args, **kwargs)
+        return _renamed(swap.original(type(parent)).forward, self.act)(parent, *args, **kwargs)
+
+
+def _globals(parent: nn.Module):
+    return getattr(swap.original(type(parent)).forward, "__globals__", {})
+
+
+def _renamed(forward: FunctionType, name: str) -> FunctionType:
+    """``forward`` with the global ``name`` meaning a function that passes on what is activated already."""
+    act = forward.__globals__[name]
+    names = {**forward.__globals__, name: lambda x: x if _seen(x) else act(x)}
+    renamed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    renamed.__kwdefaults__ = forward.__kwdefaults__
+    return renamed
