@@ -174,6 +174,7 @@ def norm_swish(
     scale: Optional[Tensor] = None,
     shift: Optional[Tensor] = None,
     act: Optional[nn.Module] = None,
+    called: Optional[Callable[[Tensor], Tensor]] = None,
     into: Optional[nn.Module] = None,
     shortcut: bool = False,
     count: Callable[[Tensor, Optional[str]], None] = lambda x, reason: None,
@@ -183,7 +184,8 @@ def norm_swish(
     backward pass.
 
     ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out, ``scale`` and ``shift`` (N, C).
-    ``act`` is the module that computes swish, where it is one. ``into`` is the convolution that takes the result: under
+    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale`` and
+    ``shift`` itself. ``into`` is the convolution that takes the result: under
     autocast the op stores right in the dtype that a plain convolution would cast it to. ``count`` is told of x, and the
     reason why the norm was called, or None.
     """
@@ -195,10 +197,10 @@ def norm_swish(
     reason = _why_not_norm_swish(norm, x, scale, shift, act)
     count(x, reason)
     if reason is not None:
-        h = norm(x)
-        if scale is not None:
+        h = norm(x) if called is None else called(x)
+        if scale is not None and called is None:
             h = h * (1 + reference.per_channel(scale, h))
-        if shift is not None:
+        if shift is not None and called is None:
             h = h + reference.per_channel(shift, h)
         return (reference.swish if act is None else act)(h), x
     if conv_bias is not None:
@@ -206,7 +208,7 @@ def norm_swish(
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     dtype = _autocast_dtype_of_convolution(x, into)
     shortcut = shortcut and torch.is_grad_enabled()
-    keeps_dtype = pristine.keeps_dtype(norm)
+    keeps_dtype = pristine.known_norm(type(norm)).keeps_dtype
     if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
         return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
                                          shift=shift), x
@@ -219,7 +221,7 @@ def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Option
     if reason is not None:
         return reason
     if act is not None:
-        reason = pristine.why_not(act, nn.SiLU)
+        reason = pristine.why_not_activation(act)
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):

@@ -4,14 +4,13 @@ Offloading libraries replace ``forward`` in the instance and leave parameters on
 profilers hook modules. Where anything of the kind is found the module itself is called, and the result is right.
 """
 
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Conv1d)
-_FORWARD = {cls: cls.forward for cls in (nn.GroupNorm, *CONVOLUTIONS, nn.Dropout, nn.Linear, nn.SiLU, nn.Sequential)}
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
 
@@ -22,12 +21,15 @@ class Norm(NamedTuple):
     why_not_now: Callable[[nn.Module], Optional[str]] = lambda norm: None  # why an instance must be called, or None
 
 
-_NORMS = {nn.GroupNorm: Norm()}
+_FORWARD: Dict[type, Optional[Callable]] = {}
+_NORMS: Dict[type, Norm] = {}
+_ACTIVATIONS = {nn.SiLU}
 
 
 def know(cls: type) -> None:
-    """From now on ``cls``, with the forward that it has now, may be bypassed by whoever knows what it computes."""
-    _FORWARD.setdefault(cls, cls.forward)
+    """From now on ``cls``, with its own file's forward, may be bypassed by whoever knows what it computes."""
+    own = getattr(cls.forward, "__globals__", {}).get("__name__") == cls.__module__  # else somebody has replaced it before
+    _FORWARD.setdefault(cls, cls.forward if own else None)
 
 
 def know_norm(cls: type, norm: Norm) -> None:
@@ -35,12 +37,24 @@ def know_norm(cls: type, norm: Norm) -> None:
     _NORMS.setdefault(cls, norm)
 
 
-def keeps_dtype(norm: nn.Module) -> bool:
-    return _NORMS[type(norm)].keeps_dtype
+def know_activation(cls: type) -> None:
+    """``cls`` computes swish."""
+    know(cls)
+    _ACTIVATIONS.add(cls)
 
 
-def is_norm(module: nn.Module) -> bool:
-    return type(module) in _NORMS
+for _cls in (*CONVOLUTIONS, nn.Dropout, nn.Linear, nn.SiLU, nn.Sequential):
+    know(_cls)
+know_norm(nn.GroupNorm, Norm())
+
+
+def known_norm(cls: type) -> Optional[Norm]:
+    """What is known of a class of norms, or None."""
+    return _NORMS.get(cls)
+
+
+def is_activation(module: nn.Module) -> bool:
+    return type(module) in _ACTIVATIONS
 
 
 def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
@@ -50,9 +64,7 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
     """
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
-    if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
-        return f"{cls.__name__}.forward is replaced"
-    reason = why_not_hooked(module)
+    reason = why_not_class(cls) or why_not_hooked(module)
     if reason is not None:
         return reason
     if device is not None:
@@ -60,6 +72,12 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
             if parameter is not None and parameter.device != device:
                 return f"its {name} is on {parameter.device} and the input on {device}"
     return None
+
+
+def why_not_class(cls: type) -> Optional[str]:
+    """The reason why no instance of ``cls`` may be bypassed, or None."""
+    replaced = cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL
+    return f"{cls.__name__}.forward is replaced" if replaced else None
 
 
 def why_not_hooked(module: nn.Module) -> Optional[str]:
@@ -84,6 +102,11 @@ def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
     """The reason why ``norm(x)`` must be called as it is, or None where the fused op may compute it."""
     cls = type(norm) if type(norm) in _NORMS else nn.GroupNorm
     return why_not(norm, cls, x.device) or why_not_beside(norm, x) or _NORMS[cls].why_not_now(norm)
+
+
+def why_not_activation(act: nn.Module) -> Optional[str]:
+    """The reason why ``act`` must be called, or None where it computes swish."""
+    return why_not(act, type(act) if type(act) in _ACTIVATIONS else nn.SiLU)
 
 
 def why_not_beside(norm: nn.Module, x: Tensor) -> Optional[str]:

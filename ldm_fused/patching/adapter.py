@@ -3,6 +3,7 @@
 import sys
 from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
 
+import torch
 from torch import nn
 
 __all__ = ["Adapter", "register_block"]
@@ -21,6 +22,9 @@ class Adapter:
 
     kind = "block"
     """``"block"`` or ``"norm"``: which of :func:`ldm_fused.patch`'s switches it hangs on."""
+
+    trial_dtype = torch.float64
+    """The dtype of the trial; float32 for classes that compute in it whatever they are given."""
 
     is_container = False
     """Whether the class only holds parts, so that its subclasses are nothing to tell of."""
@@ -59,7 +63,7 @@ class Adapter:
         return hash(type(self))
 
 
-_registered: Dict[type, Adapter] = {}
+registered: Dict[type, Adapter] = {}
 
 
 def register_block(cls: type, adapter: Adapter) -> None:
@@ -72,18 +76,16 @@ def register_block(cls: type, adapter: Adapter) -> None:
         raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an instance of ldm_fused.Adapter, got {adapter!r}")
-    _registered[cls] = adapter
+    registered[cls] = adapter
 
 
-def known_classes() -> Dict[type, Adapter]:
-    """The classes that exist now and have an adapter. Libraries are looked for among the imported modules and never
-    imported: what was not imported has no instances."""
-    from .adapters import LIBRARIES
-
-    found = {}
-    for path, adapter in LIBRARIES.items():
-        module, name = path.rsplit(".", 1)
-        cls = getattr(sys.modules.get(module), name, None)
-        if isinstance(cls, type) and issubclass(cls, nn.Module):
-            found.setdefault(cls, adapter)
-    return {**found, **_registered}
+def imported(path: str) -> Optional[type]:
+    """The class of modules at ``path``, such as "torch.nn.modules.Linear", if its file has been imported; else None."""
+    parts = path.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        found = sys.modules.get(".".join(parts[:i]))
+        if found is not None:
+            for name in parts[i:]:
+                found = getattr(found, name, None)
+            return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+    return None

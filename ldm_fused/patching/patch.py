@@ -7,7 +7,8 @@ from torch import nn
 
 from ..modules import UnsupportedBlock
 from . import swap, trial
-from .adapter import Adapter, known_classes
+from .adapter import Adapter, registered
+from .adapters import known_classes, ldm
 from .site import STATE
 
 __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
@@ -133,7 +134,7 @@ class _Plan:
 
     def __init__(self, found: PatchReport, kinds: Dict[str, bool]) -> None:
         self.found, self.kinds = found, kinds
-        self.classes = known_classes()
+        self.classes = {**known_classes(), **registered}
         self.chosen: List[Tuple[str, nn.Module, Adapter]] = []
         self.seen: Set[int] = set()  # ids of modules that are spoken for, served or left alone
 
@@ -174,8 +175,6 @@ class _Plan:
                 return
 
     def copies_of_ldm(self, name: str, module: nn.Module) -> None:
-        from .adapters import ldm
-
         if ldm.looks_like(module):
             self.choose(name, module, ldm.PRIVATE_COPY)
 

@@ -47,8 +47,12 @@ def _new(original: type, adapter: Adapter) -> nn.Module:
 
 
 def original(cls: type) -> type:
-    """The class that an instance had before it was patched; the same for all others."""
-    return cls.__dict__.get("_ldm_fused_original", cls)
+    """The class that an instance of ``cls``, or of what something else has made of it since, had before it was patched;
+    the same for all others."""
+    for base in cls.__mro__:
+        if "_ldm_fused_original" in base.__dict__:
+            return base.__dict__["_ldm_fused_original"]
+    return cls
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -67,7 +71,7 @@ def swap_back(module: nn.Module) -> None:
     Raises:
         RuntimeError: where something else has swapped the class since.
     """
-    if original(type(module)) is type(module):
+    if "_ldm_fused_original" not in type(module).__dict__:
         raise RuntimeError(f"{type(module).__name__} cannot be unpatched: its class was changed after it was patched, as "
                            "fully_shard does")
     module.__class__ = original(type(module))
@@ -75,5 +79,5 @@ def swap_back(module: nn.Module) -> None:
 
 
 def as_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward that a patched module had."""
-    return original(type(module)).forward(module, *args, **kwargs)
+    """What a patched module's forward, or whichever method was taken over, computed before."""
+    return getattr(original(type(module)), module.__dict__[STATE].adapter.method)(module, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import swap
 from .adapter import Adapter
 
-TOLERANCE = 1e-9  # float64
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number
 
 
 class Halving(nn.Module):
@@ -32,10 +32,12 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), \
                 torch.autocast("cpu", enabled=False), torch.device("cpu"):
             torch.default_generator.manual_seed(0)  # the CPU's alone, which is given back as it was
-            own = private_copy(block, {})
+            own = private_copy(block, {}).to(adapter.trial_dtype)
             arguments = adapter.example(own)
             if arguments is None:
                 return None
+            arguments = [t.to(adapter.trial_dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+                         for t in arguments]
             leaves = [t for t in (*arguments, *own.parameters()) if isinstance(t, Tensor) and t.is_floating_point()]
             for t in leaves:
                 t.requires_grad_()
@@ -48,7 +50,7 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
                 finally:
                     swap.swap_back(own)
                 for i, (a, b) in enumerate(zip(found, expected)):
-                    if a.shape != b.shape or not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE):
+                    if not _close(a, b):
                         return (f"in a trial in {'training' if training else 'evaluation'} its {adapter.method} computed "
                                 f"another {'gradient' if i else 'output'} than is known of the class")
     except Exception as error:  # whatever a class raises is a reason to leave it alone
@@ -57,11 +59,19 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
 
 
 def _results(block: nn.Module, adapter: Adapter, arguments, leaves) -> List[Tensor]:
-    y = getattr(block, adapter.method)(*arguments)
+    torch.default_generator.manual_seed(1)
+    y = getattr(block, adapter.method)(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))  # some write to them
     y = y[0] if isinstance(y, tuple) else y
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     gradients = torch.autograd.grad(y, leaves, dy, allow_unused=True)
-    return [y, *(torch.zeros(()) if g is None else g for g in gradients)]
+    return [y, *(torch.zeros((), dtype=y.dtype) if g is None else g for g in gradients)]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    tolerance = TOLERANCE[a.dtype]
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
 def private_copy(module: nn.Module, memo: Dict[int, nn.Module]) -> nn.Module:

@@ -1,10 +1,12 @@
 """Hugging Face diffusers."""
 
-from typing import Any, Optional, Sequence
+import functools
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ... import pristine
 from .. import swap
 from ..adapter import Adapter
 from ..pair import Parent
@@ -43,15 +45,117 @@ class ResnetBlock2D(Block):
             return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns or raises
         if block.time_emb_proj is not None:
             temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
-        scale = shift = None
+        modulate = None
         if mode == "scale_shift":
-            scale, shift = temb.chunk(2, dim=1)
+            modulate = dict(zip(("scale", "shift"), temb.chunk(2, dim=1)))
         resample = block.upsample if block.upsample is not None else block.downsample
         parts = self.parts_of(block)
         if block.training and parts["shortcut"] is not None:
             input_tensor = input_tensor.contiguous()
-        return resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, scale=scale, shift=shift,
+        return resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
                       resample=resample, divisor=block.output_scale_factor)
+
+
+class ResnetBlockCondNorm2D(Block):
+    """Both norms take scale and shift from the embedding. Those that go by pixel, ``"spatial"``, are left."""
+
+    def why_not(self, block: nn.Module) -> Optional[str]:
+        for norm in (block.norm1, block.norm2):
+            if pristine.known_norm(type(norm)) is None:
+                return f"its norm is {type(norm).__name__}"
+            if norm.act is not None and not isinstance(norm.act, nn.Module):
+                return f"its norm's activation is {norm.act}"
+        return super().why_not(block)
+
+    def variant(self, block: nn.Module):
+        return (type(block.norm1), type(block.norm1.act), block.output_scale_factor, type(block.upsample),
+                type(block.downsample), block.conv_shortcut is None)
+
+    def example(self, block: nn.Module):
+        return (torch.randn(2, block.in_channels, 6, 4, dtype=torch.float64),
+                torch.randn(2, block.norm1.linear.in_features, dtype=torch.float64))
+
+    def forward(self, block: nn.Module, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns
+        resample = block.upsample if block.upsample is not None else block.downsample
+        return resnet(block, input_tensor, **self.parts_of(block), resample=resample, divisor=block.output_scale_factor,
+                      modulate1=_modulation(block.norm1, temb), modulate2=_modulation(block.norm2, temb))
+
+
+def _modulation(norm: nn.Module, temb: Tensor):
+    called = functools.partial(norm, emb=temb)
+    if pristine.known_norm(type(norm)) is None or pristine.why_not(norm, type(norm)) is not None:
+        return dict(called=called)  # scale and shift would be computed for nothing
+    scale, shift = norm.linear(norm.act(temb) if norm.act is not None else temb).chunk(2, dim=1)
+    return dict(scale=scale, shift=shift, called=called)
+
+
+class TemporalResnetBlock(Block):
+    """Convolutions over time, on (N, C, frames, H, W) that often is a permuted view; an embedding for each frame."""
+
+    def variant(self, block: nn.Module):
+        return block.conv_shortcut is None, block.time_emb_proj is None
+
+    def example(self, block: nn.Module):
+        x = torch.randn(2, block.in_channels, 3, 4, 2, dtype=torch.float64)
+        linear = block.time_emb_proj
+        return x, None if linear is None else torch.randn(2, 3, linear.in_features, dtype=torch.float64)
+
+    def forward(self, block: nn.Module, input_tensor: Tensor, temb: Optional[Tensor] = None) -> Tensor:
+        if block.time_emb_proj is None:
+            temb = None
+        else:
+            temb = block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)[..., None, None]
+        return resnet(block, input_tensor, **self.parts_of(block), temb=temb)
+
+
+class HunyuanVideoBlock(Block):
+    """The video autoencoder's, with causal convolutions."""
+
+    def variant(self, block: nn.Module):
+        return block.conv_shortcut is None
+
+    def example(self, block: nn.Module):
+        return (torch.randn(2, channels(block.norm1), 3, 4, 2, dtype=torch.float64),)
+
+    def forward(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
+        return resnet(block, hidden_states.contiguous(), **self.parts_of(block))
+
+
+class CogVideoXBlock(Block):
+    """Its convolutions give what they keep for the next frames; its decoder's norms go by pixel and are left."""
+
+    def why_not(self, block: nn.Module) -> Optional[str]:
+        if block.spatial_norm_dim is not None:
+            return f"its norms are {type(block.norm1).__name__}"
+        return super().why_not(block)
+
+    def variant(self, block: nn.Module):
+        return hasattr(block, "temb_proj"), block.in_channels == block.out_channels, block.use_conv_shortcut
+
+    def example(self, block: nn.Module):
+        x = torch.randn(2, block.in_channels, 3, 4, 2, dtype=torch.float64)
+        return x, torch.randn(2, block.temb_proj.in_features, dtype=torch.float64) if hasattr(block, "temb_proj") else None
+
+    def forward(self, block: nn.Module, inputs: Tensor, temb: Optional[Tensor] = None, zq: Optional[Tensor] = None,
+                conv_cache: Optional[Dict[str, Tensor]] = None):
+        if zq is not None:
+            return swap.as_before(block, inputs, temb, zq, conv_cache)
+        before, after = conv_cache or {}, {}
+
+        def caching(name: str):
+            def convolve(h: Tensor) -> Tensor:
+                h, after[name] = getattr(block, name)(h, conv_cache=before.get(name))
+                return h
+            return convolve
+
+        parts = {**self.parts_of(block), "conv1": caching("conv1"), "conv2": caching("conv2")}
+        if parts["shortcut"] is not None and block.use_conv_shortcut:
+            parts["shortcut"] = caching("conv_shortcut")
+        if temb is not None:
+            temb = block.temb_proj(block.nonlinearity(temb))
+        return resnet(block, inputs, **parts, temb=temb), after
 
 
 PARENTS = {
@@ -68,6 +172,13 @@ PARENTS = {
 }
 CLASSES = {
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
+    "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
+    "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D": HunyuanVideoBlock(),
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXEncoder3D": Parent("norm_out", "conv_act"),
     **{f"diffusers.models.{file}.{name}": Parent("conv_norm_out", "conv_act")
        for file, names in PARENTS.items() for name in names},
 }
+# GroupNorm without weight and bias, then scale and shift, which its block computes.
+NORMS = {"diffusers.models.normalization.AdaGroupNorm": pristine.Norm()}

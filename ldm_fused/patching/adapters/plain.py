@@ -2,11 +2,12 @@
 
 from typing import Optional, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ... import functional, pristine
 from ...modules import norm_swish
-from .. import site
+from .. import site, swap, trial
 from ..adapter import Adapter
 
 
@@ -15,20 +16,31 @@ class Norm(Adapter):
 
     kind = "norm"
 
-    def sites(self, norm: nn.GroupNorm) -> Sequence[str]:
+    trial_dtype = torch.float32  # that of classes that compute in it
+
+    def why_not(self, norm: nn.Module) -> Optional[str]:
+        return pristine.why_not_class(type(norm))
+
+    def sites(self, norm: nn.Module) -> Sequence[str]:
         return ("",)
 
-    def variant(self, norm: nn.GroupNorm):
-        return None
+    def variant(self, norm: nn.Module):
+        return norm.weight is None
 
-    def example(self, norm: nn.GroupNorm):
-        return None  # the op is PyTorch's, and so are its tests
+    def example(self, norm: nn.Module):
+        # The op is PyTorch's GroupNorm, which has its own tests; other classes are tried.
+        return None if swap.original(type(norm)) is nn.GroupNorm else (torch.randn(2, norm.num_channels, 5, 4),)
 
-    def forward(self, norm: nn.GroupNorm, input: Tensor) -> Tensor:
-        reason = pristine.why_not_beside(norm, input)
+    def forward(self, norm: nn.Module, input: Tensor) -> Tensor:
+        cls = swap.original(type(norm))
+        known = pristine.known_norm(cls)
+        reason = pristine.why_not_class(cls) or pristine.why_not_beside(norm, input) or known.why_not_now(norm)
         site.sites(norm)[0].count(input, reason)
         if reason is not None:
-            return nn.GroupNorm.forward(norm, input)
+            return swap.as_before(norm, input)
+        if known.keeps_dtype:
+            return functional.run(functional.checked(input, norm.num_groups, norm.weight, norm.bias, norm.eps, None, None,
+                                                     None, None, None))
         return functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)
 
 
@@ -39,7 +51,18 @@ class Sequential(Adapter):
 
     def pairs(self, sequential: nn.Sequential):
         parts = list(sequential._modules.items())
-        return [a for (a, norm), (_, act) in zip(parts, parts[1:]) if pristine.is_norm(norm) and type(act) is nn.SiLU]
+        return [a for (a, norm), (_, act) in zip(parts, parts[1:])
+                if pristine.known_norm(type(norm)) and pristine.is_activation(act)]
+
+    def why_not(self, sequential: nn.Sequential) -> Optional[str]:
+        if pristine.why_not_class(nn.Sequential):
+            return pristine.why_not_class(nn.Sequential)
+        norms = {type(n): n for n in (sequential._modules[name] for name in self.pairs(sequential))}
+        for cls, norm in norms.items():
+            reason = pristine.why_not_class(cls) or trial.why_not(norm, Norm())
+            if reason is not None:
+                return f"its {cls.__name__}: {reason}"
+        return None
 
     def sites(self, sequential: nn.Sequential) -> Sequence[str]:
         return self.pairs(sequential)
