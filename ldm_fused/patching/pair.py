@@ -24,6 +24,7 @@ class _Frame:
                  why_not: Optional[str]) -> None:
         self.norm, self.act, self.count = norm, act, count
         self.passes_on = passes_on  # whether the activation passes on what the norm has activated
+        self.called = False  # whether the norm's forward was
         self.why_not = why_not  # the two are not fused
         self.pending: Optional[Tensor] = None  # which the norm has, and the activation has not seen
 
@@ -43,6 +44,7 @@ class Norm(Adapter):
         frame = _here.frame
         if frame is None or frame.norm is not norm:
             return swap.as_before(norm, input)
+        frame.called = True
         reason = frame.why_not or pristine.why_not_hooked(norm) or pristine.why_not_beside(norm, input)
         if reason is None and frame.act is not None:
             reason = pristine.why_not_hooked(frame.act)
@@ -109,6 +111,8 @@ class Parent(Adapter):
                 frame.why_not = state.why_not = f"{self.act} was not called on what {self.norm} gave"
                 frame.pending = None
                 result = self.body(parent, frame, *args, **kwargs)
+            if not frame.called and "forward" in vars(frame.norm):
+                frame.count(None, "its forward is replaced")  # before patch, and goes by the class's
             return result
         finally:
             _here.frame = before

@@ -43,12 +43,13 @@ class Site:
         self.calls: Dict[Optional[str], int] = {}
         self.bytes: Dict[Optional[str], int] = {}
 
-    def count(self, x: Tensor, reason: Optional[str]) -> None:
-        """Counts in eager mode only: in a compiled graph a counter would be a guard, and each call compile anew."""
+    def count(self, x: Optional[Tensor], reason: Optional[str]) -> None:
+        """Counts in eager mode only: in a compiled graph a counter would be a guard, and each call compile anew. x is None
+        where it was not seen."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         self.calls[reason] = self.calls.get(reason, 0) + 1
-        self.bytes[reason] = self.bytes.get(reason, 0) + x.numel() * x.element_size()
+        self.bytes[reason] = self.bytes.get(reason, 0) + (0 if x is None else x.numel() * x.element_size())
 
     def __reduce__(self):
         return Site, (self.name,)  # what was counted stays with the original
