@@ -19,7 +19,8 @@ from torch.nn.utils import parametrizations
 import ldm_fused
 from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, modules, pristine, reference
 from ldm_fused.compat import ldm as compat
-from ldm_fused.patching import site, swap
+from ldm_fused.patching import adapter as blocks
+from ldm_fused.patching import pair, site, swap
 
 
 @pytest.fixture
@@ -33,6 +34,15 @@ def biases(request, monkeypatch):
     if request.param == "left":
         monkeypatch.setattr(modules, "_has_separate_bias", lambda x: True)
     return request.param
+
+
+@pytest.fixture
+def registered():
+    """register_block for as long as the test runs."""
+    before = dict(blocks.registered)
+    yield ldm_fused.register_block
+    blocks.registered.clear()
+    blocks.registered.update(before)
 
 
 def randomize(model):
@@ -568,16 +578,6 @@ class WrongAdapter(PreactAdapter):
     factor = 1.1
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    from ldm_fused.patching import adapter
-    monkeypatch.setattr(adapter, "registered", adapter.registered)
-    before = dict(adapter.registered)
-    yield ldm_fused.register_block
-    adapter.registered.clear()
-    adapter.registered.update(before)
-
-
 def test_register_block(registered):
     assert ldm_fused.patch(Preact()).replaced[0][0] == "gn"  # only its norm, without the activation
     registered(Preact, PreactAdapter())
@@ -621,9 +621,8 @@ def test_ldm_block(file, name, load, biases):
 def test_ldm_decoder(file, load):
     patched, run = check(load(file).Decoder().double(), (random(2, 4, 8, 6),))
     assert not patched.skipped and run.share == 1
-    names = [row.name for row in run.sites]
-    assert {"norm_out", "mid.attn_1.norm", "mid.block_1.norm1", "up.0.norm2"} == set(names) & {
-        "norm_out", "mid.attn_1.norm", "mid.block_1.norm1", "up.0.norm2"}
+    assert [row.name for row in run.sites] == [
+        "norm_out", "mid.attn_1.norm", *(f"up.{i}.norm{j}" for i in (0, 1) for j in (1, 2))]
 
 
 def test_ldm_norm_out_is_fused_with_its_activation_in_the_decoders_forward_only(load, monkeypatch):
@@ -672,22 +671,66 @@ def test_ldm_decoders_that_fail_or_run_side_by_side_or_nested_leave_no_trace(loa
     assert torch.equal(decoder.norm_out(x), alone)
 
 
-def test_a_decoder_whose_forward_does_something_else_falls_back(load):
-    file = load("ldm.modules.diffusionmodules.model")
+def test_the_source_tells_whether_the_activation_follows_the_norm(load):
+    Decoder = load("somebodys.copy").Decoder
+    names = {**Decoder.forward.__globals__, "Decoder": Decoder, "super": super}
 
-    class Decoder(file.Decoder):
-        def forward(self, z):
-            return self.conv_out(torch.relu(self.norm_out(self.up[0](self.conv_in(z), None))))
+    def told(body, monkeypatch):
+        """What is found behind norm_out in a forward of these lines."""
+        source = "def forward(self, z):\n" + "\n".join("    " + line for line in body)
+        exec(compile(source, "<made up>", "exec"), names)
+        monkeypatch.setattr(pair.inspect, "getsource", lambda f: source)
+        return pair.function_behind(names["forward"], "norm_out")
 
-    Decoder.__module__, file.Decoder = file.__name__, Decoder
-    Decoder.forward.__globals__.setdefault("nonlinearity", file.nonlinearity)
-    decoder = randomize(Decoder().double())
+    with pytest.MonkeyPatch.context() as m:
+        assert told(["h = self.norm_out(z)", "h = nonlinearity(h)", "return self.conv_out(h)"], m) == "nonlinearity"
+        assert told(["if z is not None:", "    h = self.norm_out(z)", "    h = nonlinearity(h)", "return h"], m) == "nonlinearity"
+        for body in (
+            ["h = self.norm_out(z)", "y = nonlinearity(h)", "return y + h"],
+            ["h = self.norm_out(z)", "h = h + 1", "h = nonlinearity(h)", "return h"],
+            ["h = self.norm_out(z)", "h = nonlinearity(z)", "return h"],
+            ["h = self.norm_out(z)", "h = nonlinearity(h, 2)", "return h"],
+            ["h = self.norm_out(z)", "h = nonlinearity(h)", "return self.norm_out(h)"],
+            ["h = self.other(z)", "h = nonlinearity(h)", "return h"],
+            ["h = self.norm_out(z)", "h = unknown(h)", "return h"],
+            ["h = k = self.norm_out(z)", "h = nonlinearity(h)", "return k"],
+            ["return self.conv_out(z)"],
+        ):
+            assert told(body, m) is None, body
+        m.setattr(pair.inspect, "getsource", lambda f: "not python")
+        assert pair.function_behind(lambda self: None, "norm_out") is None
+
+
+def test_a_decoder_with_another_function_is_not_fused_with_it(load):
+    file = load("somebodys.copy")
+    file.nonlinearity = exec("def nonlinearity(x):\n    return x.relu()", vars(file)) or vars(file)["nonlinearity"]
+    decoder = randomize(file.Decoder(blocks=False).double())
     z = torch.randn(2, 4, 5, 4, dtype=torch.float64)
     expected = decoder(z)
-    ldm_fused.patch(decoder)
+    found = ldm_fused.patch(decoder)
+    assert [name for name, _, _ in found.replaced] == ["mid.attn_1.norm", "norm_out"]
+    torch.testing.assert_close(decoder(z), expected)
+
+
+class Ending(nn.Module):
+    """Its forward has changed since somebody wrote an adapter for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(8, 32), nn.SiLU()
+
+    def forward(self, x):
+        return torch.relu(self.norm(x))
+
+
+def test_a_parent_whose_forward_does_not_call_the_activation_falls_back(registered):
+    registered(Ending, pair.Parent("norm", "act"))
+    model, x = randomize(Ending()), torch.randn(2, 32, 5)
+    expected = model(x)
+    ldm_fused.patch(model, norms=False)
     for _ in range(2):
-        torch.testing.assert_close(decoder(z), expected)
-    del Decoder.forward.__globals__["nonlinearity"]
+        assert torch.equal(model(x), expected)
+    assert ldm_fused.report(model).fallbacks == {"act was not called on what norm gave": 2}
 
 
 OPENAI = {"default": dict(), "scale-shift norm": dict(use_scale_shift_norm=True, out_channels=64), "up": dict(up=True),

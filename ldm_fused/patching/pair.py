@@ -5,6 +5,10 @@ the activation too, and the activation passes that very tensor on. Each of them 
 what it always did, to the bit.
 """
 
+import ast
+import functools
+import inspect
+import textwrap
 import threading
 from types import FunctionType
 from typing import Callable, Optional, Sequence
@@ -45,9 +49,11 @@ class Norm(Adapter):
         if frame is None or frame.norm is not norm:
             return swap.as_before(norm, input)
         frame.called = True
-        reason = frame.why_not or pristine.why_not_hooked(norm) or pristine.why_not_beside(norm, input)
+        cls = swap.original(type(norm))
+        reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
+                  or pristine.why_not_beside(norm, input) or pristine.known_norm(cls).why_not_now(norm))
         if reason is None and frame.act is not None:
-            reason = pristine.why_not_hooked(frame.act)
+            reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
             reason = reason and f"its activation: {reason}"
         frame.count(input, reason)
         if reason is not None:
@@ -128,19 +134,33 @@ class Parent(Adapter):
 
 
 class ParentOfFunction(Parent):
-    """The same where the activation is a function, ``act``, of the file that the parent's class is in.
+    """The same where the activation is a function of the file that the parent's class is in.
 
     The class's forward is run with that one name meaning a function that passes on what is activated already. While
-    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused.
+    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused. What the forward does
+    with the norm is read in its source (:func:`function_behind`), so that any class may have it.
     """
 
+    def __init__(self, norm: str) -> None:
+        self.norm = norm
+
+    def act(self, parent: nn.Module) -> Optional[str]:
+        return function_behind(swap.original(type(parent)).forward, self.norm)
+
+    def sites(self, parent: nn.Module) -> Sequence[str]:
+        return (self.norm,)
+
     def why_not(self, parent: nn.Module) -> Optional[str]:
-        norm, act = getattr(parent, self.norm), _globals(parent).get(self.act)
-        if type(norm) is not nn.GroupNorm:
+        norm, forward = getattr(parent, self.norm, None), type(parent).forward
+        if pristine.known_norm(type(norm)) is None:
             return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
-        x = torch.linspace(-4, 4, 9, dtype=torch.float64)
-        if not isinstance(act, FunctionType) or not torch.allclose(act(x), x * torch.sigmoid(x), rtol=1e-12):
-            return f"{self.act} is not swish"
+        act = self.act(parent)
+        if act is None:
+            return f"its forward does not call a function of its file on what {self.norm} gives, and nothing else"
+        x = torch.linspace(-4, 4, 9, dtype=torch.float64, device="cpu")
+        y = forward.__globals__[act](x.clone())
+        if not isinstance(y, Tensor) or not torch.allclose(y, x * torch.sigmoid(x), rtol=1e-12):
+            return f"{act} is not swish"
         return None
 
     def parts(self, parent: nn.Module):
@@ -155,11 +175,7 @@ class ParentOfFunction(Parent):
     def body(self, parent: nn.Module, frame: _Frame, *args, **kwargs):
         if not frame.passes_on:
             return swap.as_before(parent, *args, **kwargs)
-        return _renamed(swap.original(type(parent)).forward, self.act)(parent, *args, **kwargs)
-
-
-def _globals(parent: nn.Module):
-    return getattr(swap.original(type(parent)).forward, "__globals__", {})
+        return _renamed(swap.original(type(parent)).forward, self.act(parent))(parent, *args, **kwargs)
 
 
 def _renamed(forward: FunctionType, name: str) -> FunctionType:
@@ -169,3 +185,24 @@ def _renamed(forward: FunctionType, name: str) -> FunctionType:
     renamed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     renamed.__kwdefaults__ = forward.__kwdefaults__
     return renamed
+
+
+@functools.lru_cache(maxsize=256)
+def function_behind(forward: Callable, norm: str) -> Optional[str]:
+    """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, if its source says in one
+    statement behind the other ``h = self.norm(...)`` and ``h = function(h)``, and names that norm nowhere else; or None."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if sum(isinstance(node, ast.Attribute) and node.attr == norm for node in ast.walk(tree)) != 1:
+        return None
+    for node in ast.walk(tree):
+        for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            for first, second in zip(block, block[1:]) if isinstance(block, list) else ():
+                match first, second:
+                    case (ast.Assign([ast.Name(h)], ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])),
+                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], []))
+                          ) if name == norm and h == g == argument:
+                        return act if isinstance(forward.__globals__.get(act), FunctionType) else None
+    return None

@@ -175,8 +175,9 @@ class _Plan:
                 return
 
     def copies_of_ldm(self, name: str, module: nn.Module) -> None:
-        if ldm.looks_like(module):
-            self.choose(name, module, ldm.PRIVATE_COPY)
+        adapter = ldm.private_copy(module)
+        if adapter is not None:
+            self.choose(name, module, adapter)
 
     def norms(self, name: str, module: nn.Module) -> None:
         adapter = self.classes.get(type(module))

@@ -37,4 +37,5 @@ class Decoder(nn.Module):
         for block in self.blocks:
             h = block(h)
         h = self.norm_out(h)
-        return self.conv_out(swish(h))
+        h = swish(h)
+        return self.conv_out(h)

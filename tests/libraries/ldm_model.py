@@ -48,19 +48,21 @@ class AttnBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, channels=32):
+    def __init__(self, channels=32, blocks=True):
         super().__init__()
         self.conv_in = nn.Conv2d(4, channels, 3, padding=1)
         self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=0.0, temb_channels=0)
         self.mid.attn_1 = AttnBlock(channels)
-        self.up = nn.ModuleList([ResnetBlock(in_channels=channels, out_channels=2 * channels, dropout=0.1,
-                                             temb_channels=0)])
-        self.norm_out = nn.GroupNorm(8, 2 * channels, eps=1e-6)
-        self.conv_out = nn.Conv2d(2 * channels, 3, 3, padding=1)
+        self.up = nn.ModuleList()
+        if blocks:
+            self.up.append(ResnetBlock(in_channels=channels, dropout=0.0, temb_channels=0))
+            self.up.append(ResnetBlock(in_channels=channels, out_channels=2 * channels, dropout=0.1, temb_channels=0))
+            channels = 2 * channels
+        self.norm_out = nn.GroupNorm(8, channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid.attn_1(self.mid.block_1(self.conv_in(z), None))
+        h = self.mid.attn_1(self.conv_in(z))
         for block in self.up:
             h = block(h, None)
         h = self.norm_out(h)

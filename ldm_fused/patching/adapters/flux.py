@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..pair import ParentOfFunction
 from ..resnet import resnet
 from .ldm import channels
 
@@ -26,6 +25,4 @@ class ResnetBlock(Adapter):
                       shortcut=getattr(block, "nin_shortcut", None))
 
 
-FILE = "flux.modules.autoencoder"
-CLASSES = {f"{FILE}.ResnetBlock": ResnetBlock(),
-           **{f"{FILE}.{name}": ParentOfFunction("norm_out", "swish") for name in ("Encoder", "Decoder")}}
+CLASSES = {"flux.modules.autoencoder.ResnetBlock": ResnetBlock()}

@@ -68,15 +68,18 @@ def channels(norm: nn.Module) -> int:
     return getattr(norm, "num_channels", None) or next(p.shape[0] for p in norm.parameters())
 
 
-def looks_like(module: nn.Module) -> bool:
-    """Whether a module is worth a trial: it has the parts, by name."""
-    return {"norm1", "conv1", "norm2", "dropout", "conv2"} <= set(module._modules)
+def private_copy(module: nn.Module) -> Optional[Adapter]:
+    """The adapter for a class that nobody knows and that looks like one of the LDM model file, or None. It is named by its
+    parts, and told by a trial, or by its source."""
+    if {"norm1", "conv1", "norm2", "dropout", "conv2"} <= set(module._modules):
+        return BLOCK
+    if "norm_out" in module._modules and END.why_not(module) is None:
+        return END
+    return None
 
 
-PRIVATE_COPY = PrivateCopy()
+BLOCK, END = PrivateCopy(), ParentOfFunction("norm_out")
 PATHS = ("ldm.modules.diffusionmodules.model", "taming.modules.diffusionmodules.model",
          "sgm.modules.diffusionmodules.model")
-PARENTS = ("Model", "Encoder", "Decoder", "VUNet", "SimpleDecoder", "UpsampleDecoder")
-CLASSES = {**{f"{path}.{name}": ParentOfFunction("norm_out", "nonlinearity") for path in PATHS for name in PARENTS},
-           **{f"{path}.ResnetBlock": ResnetBlock() for path in PATHS}, "ldm_fused.reference.ResnetBlock": ResnetBlock(),
+CLASSES = {**{f"{path}.ResnetBlock": ResnetBlock() for path in PATHS}, "ldm_fused.reference.ResnetBlock": ResnetBlock(),
            "ldm_fused.modules.FusedResnetBlock": FusedBlock(), "ldm_fused.compat.ldm.ResnetBlock": FusedBlock()}
