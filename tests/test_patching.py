@@ -23,6 +23,15 @@ from ldm_fused.patching import adapter as blocks
 from ldm_fused.patching import pair, site, swap
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are small here, and kernels have their own tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def load(monkeypatch):
     return lambda name: libraries.load(name, monkeypatch)
