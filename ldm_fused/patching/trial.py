@@ -32,10 +32,10 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), \
                 torch.autocast("cpu", enabled=False), torch.device("cpu"):
             torch.default_generator.manual_seed(0)  # the CPU's alone, which is given back as it was
-            own = private_copy(block, {}).to(adapter.trial_dtype)
-            arguments = adapter.example(own)
+            arguments = adapter.example(block)
             if arguments is None:
                 return None
+            own = private_copy(block, {}).to(adapter.trial_dtype)
             arguments = [t.to(adapter.trial_dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
                          for t in arguments]
             leaves = [t for t in (*arguments, *own.parameters()) if isinstance(t, Tensor) and t.is_floating_point()]
