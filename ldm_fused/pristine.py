@@ -53,6 +53,12 @@ def known_norm(cls: type) -> Optional[Norm]:
     return _NORMS.get(cls)
 
 
+def is_swish(function: Callable[[Tensor], Tensor]) -> bool:
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64, device="cpu")
+    y = function(x.clone())
+    return isinstance(y, Tensor) and torch.allclose(y, x * torch.sigmoid(x), rtol=1e-12)
+
+
 def is_activation(module: nn.Module) -> bool:
     return type(module) in _ACTIVATIONS
 
@@ -76,8 +82,11 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
 
 def why_not_class(cls: type) -> Optional[str]:
     """The reason why no instance of ``cls`` may be bypassed, or None."""
-    replaced = cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL
-    return f"{cls.__name__}.forward is replaced" if replaced else None
+    if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
+        return f"{cls.__name__}.forward is replaced"
+    if issubclass(cls, nn.GroupNorm) and nn.GroupNorm.forward is not _FORWARD[nn.GroupNorm]:
+        return "GroupNorm.forward is replaced"  # which a subclass's own calls
+    return None
 
 
 def why_not_hooked(module: nn.Module) -> Optional[str]:

@@ -98,6 +98,27 @@ def test_two_processes_have_the_gradients_of_one(kind, biases, tmp_path):
     assert all("gradients agree" in output for output in outputs)
 
 
+def losses(tmp_path, processes, *options):
+    """What the training example prints, by step."""
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+                   "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                          str(root / "benchmarks/train_data_parallel.py"), "--steps", "3", "--batch", "4", "--resolution",
+                          "16", "--channels", "32", *options],
+                         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step ")]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_the_training_example_on_two_processes_has_the_losses_of_one(tmp_path):
+    want = losses(tmp_path, 1)
+    assert len(set(want)) == 3
+    for options in ((), ("--fsdp",)):
+        assert losses(tmp_path, WORLD, *options) == pytest.approx(want, rel=1e-4)
+
+
 def test_the_comparison_can_fail():
     """A block that is not the reference's has other gradients."""
     want, model = expected(), Two()

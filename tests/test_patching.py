@@ -842,6 +842,21 @@ def test_flux_decoder_with_a_hooked_norm(load):
     assert ldm_fused.report(decoder).fallbacks == {"it has hooks": 2} and ldm_fused.report(decoder).fused == 3
 
 
+def test_group_norm_32_calls_what_replaces_group_norms_forward(load, monkeypatch):
+    """As A1111's Lora extension does."""
+    load("guided_diffusion.nn")
+    model = randomize(load("guided_diffusion.unet").UNet())
+    arguments = random(2, 32, 8, 6, dtype=torch.float32), random(2, 24, dtype=torch.float32)
+    ldm_fused.patch(model)
+    forward = nn.GroupNorm.forward
+    monkeypatch.setattr(nn.GroupNorm, "forward", lambda self, x: 2 * forward(self, x))
+    found = results(model, arguments)
+    run = ldm_fused.report(model)
+    assert run.fused == 0 and set(run.fallbacks) == {"GroupNorm.forward is replaced"}
+    with ldm_fused.disabled():
+        assert_close(found, results(model, arguments), 2e-4)
+
+
 def test_comfy_block(load):
     load("comfy.ops")
     ResnetBlock = load("comfy.ldm.modules.diffusionmodules.model").ResnetBlock

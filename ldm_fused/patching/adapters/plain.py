@@ -55,13 +55,18 @@ class Sequential(Adapter):
                 if pristine.known_norm(type(norm)) and pristine.is_activation(act)]
 
     def why_not(self, sequential: nn.Sequential) -> Optional[str]:
-        if pristine.why_not_class(nn.Sequential):
-            return pristine.why_not_class(nn.Sequential)
-        norms = {type(n): n for n in (sequential._modules[name] for name in self.pairs(sequential))}
-        for cls, norm in norms.items():
-            reason = pristine.why_not_class(cls) or trial.why_not(norm, Norm())
+        reason = pristine.why_not_class(nn.Sequential)
+        if reason is not None:
+            return reason
+        parts = dict(sequential._modules)
+        names = list(parts)
+        for name in self.pairs(sequential):
+            norm, act = parts[name], parts[names[names.index(name) + 1]]
+            reason = pristine.why_not_class(type(norm)) or trial.why_not(norm, Norm())
             if reason is not None:
-                return f"its {cls.__name__}: {reason}"
+                return f"its {type(norm).__name__}: {reason}"
+            if not pristine.is_swish(type(act).forward.__get__(act)):
+                return f"its {type(act).__name__} is not swish"
         return None
 
     def sites(self, sequential: nn.Sequential) -> Sequence[str]:
