@@ -5,8 +5,10 @@ tests/integrations has the same for the real libraries.
 
 import copy
 import gc
+import inspect
 import pickle
 import threading
+import types
 import weakref
 
 import libraries
@@ -155,6 +157,8 @@ def test_keeps_names_instances_and_parameters():
     assert [id(p) for p in model.parameters()] == parameters
     assert type(model.first.norm1) is nn.GroupNorm and type(model.first.conv1) is nn.Conv2d
     assert type(model.out[0]) is nn.GroupNorm
+    assert str(inspect.signature(model.first.forward)) == str(inspect.signature(reference.ResnetBlock.forward)).replace(
+        "self, ", "")
 
 
 def test_patch_twice_changes_nothing():
@@ -201,6 +205,31 @@ def test_patched_is_a_context_manager():
             assert ldm_fused.is_patched(model) and len(found.replaced) == 3
             raise KeyError
     assert not ldm_fused.is_patched(model)
+
+
+def test_an_activation_that_serves_in_two_places(registered):
+    registered(Both, pair.Parent("norm", "act"))
+    model = nn.ModuleList([Both(), Both()])
+    model[1].act = model[0].act
+    x = torch.randn(2, 32, 5)
+    expected = [randomize(m)(x) for m in model]
+    ldm_fused.patch(model)
+    assert_close([m(x) for m in model], expected, 1e-5)
+    assert ldm_fused.report(model).fused == 2
+    ldm_fused.unpatch(model)
+    assert [m(x).equal(y) for m, y in zip(model, expected)] == [True, True]
+    assert type(model[0].act) is nn.SiLU and type(model[1].norm) is nn.GroupNorm
+
+
+class Both(nn.Module):
+    """A norm and an activation that are called one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(8, 32), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.norm(x)) + 1
 
 
 def test_pipelines():
@@ -556,6 +585,27 @@ def test_gradient_checkpointing():
 
 
 # ---- Blocks of one's own -----------------------------------------------------------------------------------------
+
+
+class TwoNorms(nn.Module):
+    """The block of the documentation's example."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, 32), nn.GroupNorm(8, 64)
+        self.conv1, self.conv2 = nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 32, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+def test_the_documentations_example(registered):
+    lines = inspect.getdoc(ldm_fused.Adapter).split("\n")
+    start, end = (next(i for i, line in enumerate(lines) if text in line) for text in ("import resnet", "Anything else"))
+    example = "\n".join(line[4:] for line in lines[start:end])
+    exec(example, dict(ldm_fused=ldm_fused, torch=torch, my_code=types.SimpleNamespace(Block=TwoNorms)))
+    patched, run = check(TwoNorms().double(), (random(2, 32, 6, 5),))
+    assert patched.replaced == [("", TwoNorms, ("norm1", "norm2"))] and run.share == 1
 
 
 class Preact(nn.Module):

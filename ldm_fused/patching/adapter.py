@@ -14,7 +14,24 @@ class Adapter:
 
     :func:`ldm_fused.patch` asks :meth:`why_not` of each instance, tries :meth:`forward` against the class's own on a
     small private copy with random weights, forward and backward, and then swaps the instance's class for a subclass
-    in which ``method`` is :meth:`forward`.
+    in which ``method`` is :meth:`forward`. For a block of norm, swish, convolution, twice::
+
+        from ldm_fused.patching.resnet import resnet
+
+        class MyBlock(ldm_fused.Adapter):
+            def sites(self, block):
+                return "norm1", "norm2"
+
+            def example(self, block):
+                return (torch.randn(2, block.norm1.num_channels, 6, 4),)
+
+            def forward(self, block, x):
+                return resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2)
+
+        ldm_fused.register_block(my_code.Block, MyBlock())
+
+    Anything else is composed of :func:`ldm_fused.modules.norm_swish`, which calls a norm that must not be bypassed, and
+    tells :class:`ldm_fused.patching.site.Site` of it.
     """
 
     method = "forward"

@@ -62,7 +62,9 @@ def is_swapped(module: nn.Module) -> bool:
 def swap(module: nn.Module, adapter: Adapter, recompute: bool) -> None:
     module.__dict__[STATE] = State(adapter, module, recompute)
     for name, part in adapter.parts(module).items():
-        swap(module.get_submodule(name), part, recompute)
+        child = module.get_submodule(name)
+        if not is_swapped(child):  # one that serves in two places
+            swap(child, part, recompute)
     module.__class__ = subclass(type(module), adapter)
 
 

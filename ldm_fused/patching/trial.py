@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import swap
 from .adapter import Adapter
@@ -49,10 +50,13 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
                     found = _results(own, adapter, arguments, leaves)
                 finally:
                     swap.swap_back(own)
-                for i, (a, b) in enumerate(zip(found, expected)):
+                names = ["output"] * (len(expected) - len(leaves)) + ["gradient"] * len(leaves)
+                if len(found) != len(expected):
+                    return f"in a trial its {adapter.method} had another number of outputs than is known of the class"
+                for name, a, b in zip(names, found, expected):
                     if not _close(a, b):
                         return (f"in a trial in {'training' if training else 'evaluation'} its {adapter.method} computed "
-                                f"another {'gradient' if i else 'output'} than is known of the class")
+                                f"another {name} than is known of the class")
     except Exception as error:  # whatever a class raises is a reason to leave it alone
         return f"a trial failed with {type(error).__name__}: {error}"
     return None
@@ -61,10 +65,10 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
 def _results(block: nn.Module, adapter: Adapter, arguments, leaves) -> List[Tensor]:
     torch.default_generator.manual_seed(1)
     y = getattr(block, adapter.method)(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))  # some write to them
-    y = y[0] if isinstance(y, tuple) else y
+    y, *others = [t for t in tree_leaves(y) if isinstance(t, Tensor)]
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     gradients = torch.autograd.grad(y, leaves, dy, allow_unused=True)
-    return [y, *(torch.zeros((), dtype=y.dtype) if g is None else g for g in gradients)]
+    return [y, *others, *(torch.zeros((), dtype=y.dtype) if g is None else g for g in gradients)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -89,7 +93,7 @@ def private_copy(module: nn.Module, memo: Dict[int, nn.Module]) -> nn.Module:
         own.__dict__.update(kept)
         own._parameters = {name: _random(p) for name, p in module._parameters.items()}
         own._buffers = {name: _cpu(b) for name, b in module._buffers.items()}
-        own._modules = {name: child and private_copy(child, memo) for name, child in module._modules.items()}
+        own._modules = {name: None if child is None else private_copy(child, memo) for name, child in module._modules.items()}
         own._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     memo[id(module)] = own
     return own

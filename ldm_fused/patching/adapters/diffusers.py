@@ -41,8 +41,9 @@ class ResnetBlock2D(Block):
     def forward(self, block: nn.Module, input_tensor: Tensor, temb: Optional[Tensor] = None, *args: Any,
                 **kwargs: Any) -> Tensor:
         mode = block.time_embedding_norm
-        if args or kwargs or temb is None and (block.time_emb_proj is not None or mode == "scale_shift"):
-            return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns or raises
+        expected = 2 if block.time_emb_proj is not None else 0
+        if args or kwargs or (0 if temb is None else temb.dim()) != expected or expected == 0 and mode == "scale_shift":
+            return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns, or raises
         if block.time_emb_proj is not None:
             temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
         modulate = None

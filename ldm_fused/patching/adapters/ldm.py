@@ -28,8 +28,8 @@ class ResnetBlock(Adapter):
 
     def forward(self, block: nn.Module, x: Tensor, temb: Optional[Tensor] = None) -> Tensor:
         if temb is not None:
-            if not hasattr(block, "temb_proj"):
-                return swap.as_before(block, x, temb)  # which raises what it raises
+            if temb.dim() != 2 or not hasattr(block, "temb_proj"):
+                return swap.as_before(block, x, temb)  # which may raise
             temb = block.temb_proj(reference.swish(temb))
         shortcut = getattr(block, "nin_shortcut", None)
         if shortcut is None:
