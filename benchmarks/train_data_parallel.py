@@ -33,9 +33,15 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=128, help="of the first level")
     args = parser.parse_args()
 
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train(args)
+    dist.barrier()
+    dist.destroy_process_group()  # when the model, which has groups of its own, is gone
+
+
+def train(args) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
+    cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -64,7 +70,6 @@ def main() -> None:
         dist.all_reduce(total)
         if rank == 0:
             print(f"step {step}: loss {total.item() / world:.6f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import ldm_fused
 from ldm_fused import FusedResnetBlock, modules, reference
 
 WORLD = 2
@@ -53,9 +54,13 @@ def distributed(kind, rank):
     """This process's gradients, gathered, by name: of its part of the batch, averaged over all processes."""
     from torch.distributed.fsdp import fully_shard
 
-    model = Two(FusedResnetBlock)
-    model.second.recompute = True
-    if kind == "ddp":
+    if "patched" in kind:
+        model = Two()
+        ldm_fused.patch(model, recompute=True, strict=True)
+    else:
+        model = Two(FusedResnetBlock)
+        model.second.recompute = True
+    if kind.startswith("ddp"):
         model = nn.parallel.DistributedDataParallel(model)
     else:
         for block in (model.first, model.second, model):
@@ -81,7 +86,7 @@ def main(kind, biases, rank, file):
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("biases", ["added", "left"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "ddp patched", "fsdp2 patched"])
 def test_two_processes_have_the_gradients_of_one(kind, biases, tmp_path):
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",

@@ -875,10 +875,23 @@ def test_edm_block_with_a_hooked_norm(name, load):
     assert ldm_fused.report(block).fallbacks == {"it has hooks": 1} and ldm_fused.report(block).fused == 2
 
 
-def test_flux_decoder(load, biases):
-    patched, run = check(load("flux.modules.autoencoder").Decoder().double(), (random(2, 4, 8, 6),))
+@pytest.mark.parametrize("file", ["flux.modules.autoencoder", "somebodys.flux"])
+def test_flux_decoder(file, load, biases):
+    patched, run = check(load(file).Decoder().double(), (random(2, 4, 8, 6),))
     assert not patched.skipped and run.share == 1
     assert [row.name for row in run.sites] == ["norm_out", *(f"blocks.{i}.norm{j}" for i in (0, 1) for j in (1, 2))]
+
+
+class Relu(TwoNorms):
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+
+
+def test_other_blocks_of_the_same_parts_are_left():
+    found = ldm_fused.patch(nn.ModuleList([TwoNorms(), Relu()]))
+    assert [name for name, _, _ in found.replaced] == ["0"]
+    [(name, cls, reason)] = found.skipped
+    assert name == "1" and cls is Relu and "computed another output" in reason
 
 
 def test_flux_decoder_with_a_hooked_norm(load):

@@ -8,7 +8,7 @@ from torch import nn
 from ..modules import UnsupportedBlock
 from . import swap, trial
 from .adapter import Adapter, registered
-from .adapters import known_classes, ldm
+from .adapters import flux, known_classes, ldm
 from .site import STATE
 
 __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
@@ -74,7 +74,7 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
         if swap.is_swapped(module):
             done.append(module)
             plan.claim(module, module.__dict__[STATE].adapter)
-    for chosen in (plan.known, plan.copies_of_ldm, plan.norms):
+    for chosen in (plan.known, plan.copies, plan.norms):
         for name, module in modules:
             if not swap.is_swapped(module) and id(module) not in plan.seen:
                 chosen(name, module)
@@ -130,7 +130,7 @@ def named_modules(model: Any) -> List[Tuple[str, nn.Module]]:
 
 
 class _Plan:
-    """What is to be swapped, chosen in three walks: known classes, private copies of LDM's block, single norms."""
+    """What is to be swapped, chosen in three walks: known classes, private copies of LDM's and FLUX' files, single norms."""
 
     def __init__(self, found: PatchReport, kinds: Dict[str, bool]) -> None:
         self.found, self.kinds = found, kinds
@@ -174,8 +174,8 @@ class _Plan:
                                          "something else")
                 return
 
-    def copies_of_ldm(self, name: str, module: nn.Module) -> None:
-        adapter = ldm.private_copy(module)
+    def copies(self, name: str, module: nn.Module) -> None:
+        adapter = ldm.private_copy(module) or flux.private_copy(module)
         if adapter is not None:
             self.choose(name, module, adapter)
 

@@ -18,6 +18,7 @@ FILES = {
     "comfy.ops": "comfy_ops.py",
     "comfy.ldm.modules.diffusionmodules.model": "comfy_model.py",
     "somebodys.copy": "ldm_model.py",  # a private copy of the LDM model file
+    "somebodys.flux": "flux_autoencoder.py",
 }
 
 
