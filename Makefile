@@ -3,7 +3,8 @@
 
 PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis setuptools wheel
 
-INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 einops==0.8.2 numpy pytest
+INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
+    einops==0.8.2 numpy pytest
 # Without what it asks for: the file of blocks that is tested needs none of it.
 INTEGRATIONS_ALONE := taming-transformers==0.0.1
 
@@ -14,7 +15,8 @@ PY := .venv/bin/python
 # Named after what is in it, so that another list is installed anew.
 READY := .venv/ready-$(shell echo '$(PACKAGES)' | cksum | cut -d' ' -f1)
 endif
-READY_INTEGRATIONS := .venv-integrations/ready-$(shell echo '$(INTEGRATIONS) $(INTEGRATIONS_ALONE)' | cksum | cut -d' ' -f1)
+READY_INTEGRATIONS := .venv-integrations/ready-$(shell \
+    echo '$(INTEGRATIONS) $(INTEGRATIONS_ALONE)' | cksum | cut -d' ' -f1)
 
 # The tree comes before any installed ldm_fused, in programs that the tests start too.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))

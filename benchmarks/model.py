@@ -115,7 +115,10 @@ def run(args) -> List[ModelRow]:
     """Each layout and mode; all implementations share one set of random weights."""
     if args.resolution < 8 or args.resolution % 8:
         sys.exit(f"--resolution {args.resolution}: the autoencoder needs a multiple of 8")
-    x = diffusers_models.latent(args.resolution) if args.model == "diffusers-unet" else picture(args.image, args.resolution)
+    if args.model == "diffusers-unet":
+        x = diffusers_models.latent(args.resolution)
+    else:
+        x = picture(args.image, args.resolution)
     layouts = ["contiguous", "channels_last"] if args.layout == "both" else [args.layout]
     names = [name for name in args.providers if args.model == "ldm" or name != "F.silu"]  # which is not in a real model
     progress = Progress(len(args.dtypes) * len(layouts) * len(args.modes) * (len(names) + 1))

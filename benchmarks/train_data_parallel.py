@@ -3,7 +3,8 @@
 
     torchrun --nproc-per-node 8 benchmarks/train_data_parallel.py            # DDP
     torchrun --nproc-per-node 8 benchmarks/train_data_parallel.py --fsdp     # FSDP2
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 benchmarks/train_data_parallel.py
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        benchmarks/train_data_parallel.py                                    # two machines
 
 A model of another library is trained in the same way: build it, `ldm_fused.patch(model)`, then wrap it.
 """

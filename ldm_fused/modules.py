@@ -179,15 +179,15 @@ def norm_swish(
     shortcut: bool = False,
     count: Callable[[Tensor, Optional[str]], None] = lambda x, reason: None,
 ) -> Tuple[Tensor, Tensor]:
-    """``swish(norm(x + conv_bias + pre_bias) * (1 + scale) + shift)``, in one op if ``norm`` is pristine, else by calling
-    it; and x, which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's
-    backward pass.
+    """``swish(norm(x + conv_bias + pre_bias) * (1 + scale) + shift)``, in one op if ``norm`` is pristine, else by
+    calling it; and x, which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in
+    norm's backward pass.
 
     ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out, ``scale`` and ``shift`` (N, C).
-    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale`` and
-    ``shift`` itself. ``into`` is the convolution that takes the result: under
-    autocast the op stores right in the dtype that a plain convolution would cast it to. ``count`` is told of x, and the
-    reason why the norm was called, or None.
+    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale``
+    and ``shift`` itself. ``into`` is the convolution that takes the result: under autocast the op stores right in the
+    dtype that a plain convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or
+    None.
     """
     odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
     if odd or _why_not_norm_swish(norm, x, scale, shift, act) is not None:

@@ -486,7 +486,8 @@ def test_models_of_diffusers(name, monkeypatch, tmp_path, capsys):
             return Output(self.conv_out(self.block(self.conv_in(x))))
 
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=Like, UNet2DConditionModel=Like))
-    assert bench("--model", name, "--resolution", 16, "--providers", "eager,ours,recompute", "--json", tmp_path / "r.json") == 0
+    options = ("--resolution", 16, "--providers", "eager,ours,recompute", "--json", tmp_path / "r.json")
+    assert bench("--model", name, *options) == 0
     assert "Stable Diffusion 1.5" in capsys.readouterr().out
     for result in json.loads((tmp_path / "r.json").read_text())["results"]:
         eager, ours, recompute = (result["providers"][provider] for provider in ("eager", "ours", "recompute"))

@@ -108,9 +108,9 @@ def losses(tmp_path, processes, *options):
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
                    "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                          str(root / "benchmarks/train_data_parallel.py"), "--steps", "3", "--batch", "4", "--resolution",
-                          "16", "--channels", "32", *options],
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    sizes = "--steps 3 --batch 4 --resolution 16 --channels 32".split()
+    run = subprocess.run([*torchrun, str(root / "benchmarks/train_data_parallel.py"), *sizes, *options],
                          env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step ")]

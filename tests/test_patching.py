@@ -140,7 +140,8 @@ def test_a_model_of_blocks_norms_and_a_sequential(block, recompute, biases):
     assert [(name, sites) for name, _, sites in patched.replaced] == [
         ("first", ("norm1", "norm2")), ("second", ("norm1", "norm2")), ("out", ("0",)), ("norm", ("",))]
     assert not patched.skipped
-    assert [row.name for row in run.sites] == ["first.norm1", "first.norm2", "norm", "second.norm1", "second.norm2", "out.0"]
+    assert [row.name for row in run.sites] == [
+        "first.norm1", "first.norm2", "norm", "second.norm1", "second.norm2", "out.0"]
     assert run.share == 1 and all(row.calls >= 1 and not row.fallbacks for row in run.sites)
 
 
@@ -601,7 +602,8 @@ class TwoNorms(nn.Module):
 
 def test_the_documentations_example(registered):
     lines = inspect.getdoc(ldm_fused.Adapter).split("\n")
-    start, end = (next(i for i, line in enumerate(lines) if text in line) for text in ("import resnet", "Anything else"))
+    start, end = (next(i for i, line in enumerate(lines) if text in line)
+                  for text in ("import resnet", "Anything else"))
     example = "\n".join(line[4:] for line in lines[start:end])
     exec(example, dict(ldm_fused=ldm_fused, torch=torch, my_code=types.SimpleNamespace(Block=TwoNorms)))
     patched, run = check(TwoNorms().double(), (random(2, 32, 6, 5),))
@@ -663,7 +665,8 @@ def test_register_block_refuses_what_is_none(registered):
 # ---- Libraries ---------------------------------------------------------------------------------------------------
 
 
-LDM = {"identity": dict(), "1x1 shortcut": dict(out_channels=64), "3x3 shortcut": dict(out_channels=64, conv_shortcut=True),
+LDM = {"identity": dict(), "1x1 shortcut": dict(out_channels=64),
+       "3x3 shortcut": dict(out_channels=64, conv_shortcut=True),
        "time embedding": dict(out_channels=64, temb_channels=24)}
 
 
@@ -688,7 +691,8 @@ def test_ldm_norm_out_is_fused_with_its_activation_in_the_decoders_forward_only(
     decoder = load("ldm.modules.diffusionmodules.model").Decoder()
     ldm_fused.patch(decoder)
     calls, op = [], functional.group_norm_act
-    monkeypatch.setattr(functional, "group_norm_act", lambda *a, **o: calls.append(o.get("activation", "silu")) or op(*a, **o))
+    monkeypatch.setattr(functional, "group_norm_act",
+                        lambda *a, **o: calls.append(o.get("activation", "silu")) or op(*a, **o))
     x = torch.randn(2, 64, 5, 4)
     h = decoder.norm_out(x)
     assert torch.equal(h, F.group_norm(x, 8, decoder.norm_out.weight, decoder.norm_out.bias, 1e-6)) and not calls
@@ -743,7 +747,8 @@ def test_the_source_tells_whether_the_activation_follows_the_norm(load):
 
     with pytest.MonkeyPatch.context() as m:
         assert told(["h = self.norm_out(z)", "h = nonlinearity(h)", "return self.conv_out(h)"], m) == "nonlinearity"
-        assert told(["if z is not None:", "    h = self.norm_out(z)", "    h = nonlinearity(h)", "return h"], m) == "nonlinearity"
+        lines = ["if z is not None:", "    h = self.norm_out(z)", "    h = nonlinearity(h)", "return h"]
+        assert told(lines, m) == "nonlinearity"
         for body in (
             ["h = self.norm_out(z)", "y = nonlinearity(h)", "return y + h"],
             ["h = self.norm_out(z)", "h = h + 1", "h = nonlinearity(h)", "return h"],
@@ -832,7 +837,8 @@ def test_group_norm_32_in_16_bits(dtype, load):
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("where,reason", [("elsewhere", "GroupNorm32.forward is replaced"), ("in its file", "in a trial")])
+@pytest.mark.parametrize("where,reason", [("elsewhere", "GroupNorm32.forward is replaced"),
+                                          ("in its file", "in a trial")])
 def test_another_group_norm_32_is_left(where, reason, load):
     file = load("guided_diffusion.nn")
     names = vars(file) if where == "in its file" else dict(nn=nn)
@@ -845,7 +851,8 @@ def test_another_group_norm_32_is_left(where, reason, load):
 
 EDM = {"default": dict(out_channels=32), "not adaptive": dict(out_channels=64, adaptive_scale=False),
        "up": dict(out_channels=32, up=True, skip_scale=0.5**0.5), "down": dict(out_channels=64, down=True),
-       "attention": dict(out_channels=32, num_heads=4, skip_scale=0.5**0.5), "dropout": dict(out_channels=32, dropout=0.1)}
+       "attention": dict(out_channels=32, num_heads=4, skip_scale=0.5**0.5),
+       "dropout": dict(out_channels=32, dropout=0.1)}
 
 
 @pytest.mark.parametrize("name", EDM)
@@ -943,7 +950,8 @@ def test_comfy_norms_with_weight_functions_fall_back(name, load):
     run = ldm_fused.report(block)
     ldm_fused.unpatch(block)
     assert_close(found, results(block, arguments))
-    reason = "its weights are cast in each call" if name == "comfy_cast_weights" else "its weights go through functions first"
+    cast = name == "comfy_cast_weights"
+    reason = "its weights are cast in each call" if cast else "its weights go through functions first"
     assert run.fallbacks == {reason: 1} and run.fused == 1
 
 

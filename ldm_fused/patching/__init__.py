@@ -4,5 +4,5 @@ from .adapter import Adapter, register_block
 from .patch import PatchReport, is_patched, patch, patched, unpatch
 from .site import RunReport, disabled, report
 
-__all__ = ["Adapter", "PatchReport", "RunReport", "disabled", "is_patched", "patch", "patched", "register_block", "report",
-           "unpatch"]
+__all__ = ["Adapter", "PatchReport", "RunReport", "disabled", "is_patched", "patch", "patched", "register_block",
+           "report", "unpatch"]

@@ -1,8 +1,8 @@
 """A norm and an activation that are called one after the other in the forward of the module that has them.
 
-That forward is neither copied nor changed. The parent says, while its forward runs, that it does; then its norm computes
-the activation too, and the activation passes that very tensor on. Each of them called alone, or from elsewhere, computes
-what it always did, to the bit.
+That forward is neither copied nor changed. The parent says, while its forward runs, that it does; then its norm
+computes the activation too, and the activation passes that very tensor on. Each of them called alone, or from
+elsewhere, computes what it always did, to the bit.
 """
 
 import ast
@@ -137,8 +137,8 @@ class ParentOfFunction(Parent):
     """The same where the activation is a function of the file that the parent's class is in.
 
     The class's forward is run with that one name meaning a function that passes on what is activated already. While
-    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused. What the forward does
-    with the norm is read in its source (:func:`function_behind`), so that any class may have it.
+    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused. What the forward
+    does with the norm is read in its source (:func:`function_behind`), so that any class may have it.
     """
 
     def __init__(self, norm: str) -> None:
@@ -185,8 +185,11 @@ def _renamed(forward: FunctionType, name: str) -> FunctionType:
 
 @functools.lru_cache(maxsize=256)
 def function_behind(forward: Callable, norm: str) -> Optional[str]:
-    """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, if its source says in one
-    statement behind the other ``h = self.norm(...)`` and ``h = function(h)``, and names that norm nowhere else; or None."""
+    """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, or None.
+
+    Its source must say ``h = self.norm(...)`` and ``h = function(h)`` in one statement behind the other, and name that
+    norm nowhere else.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):

@@ -51,8 +51,8 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
           strict: bool = False) -> PatchReport:
     """Serves every GroupNorm and activation in ``model`` that is known, in place, and changes nothing else.
 
-    Instances keep their submodules, Parameters, state dict and the name of their class, of which they become instances of
-    a subclass. What is looked at in each call is in :mod:`ldm_fused.pristine`: a norm or a convolution that somebody
+    Instances keep their submodules, Parameters, state dict and the name of their class, of which they become instances
+    of a subclass. What is looked at in each call is in :mod:`ldm_fused.pristine`: a norm or a convolution that somebody
     hooks, wraps or moves, before or after, is called as it is. Copies and pickles of a patched model are patched.
     To patch again what is patched changes nothing but ``recompute``.
 
@@ -130,7 +130,7 @@ def named_modules(model: Any) -> List[Tuple[str, nn.Module]]:
 
 
 class _Plan:
-    """What is to be swapped, chosen in three walks: known classes, private copies of LDM's and FLUX' files, single norms."""
+    """What is to be swapped, chosen in three walks: known classes, private copies of known files, single norms."""
 
     def __init__(self, found: PatchReport, kinds: Dict[str, bool]) -> None:
         self.found, self.kinds = found, kinds
@@ -170,8 +170,8 @@ class _Plan:
         for cls in type(module).__mro__[1:]:
             adapter = self.classes.get(cls)
             if adapter is not None and adapter.kind == "block" and not adapter.is_container:
-                self.leave(name, module, None, f"it is a subclass of {cls.__module__}.{cls.__qualname__}, which may compute "
-                                         "something else")
+                self.leave(name, module, None, f"it is a subclass of {cls.__module__}.{cls.__qualname__}, which may "
+                                               "compute something else")
                 return
 
     def copies(self, name: str, module: nn.Module) -> None:

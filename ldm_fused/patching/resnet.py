@@ -34,11 +34,11 @@ def resnet(
 ) -> Tensor:
     """``(shortcut(x) + conv2(dropout(act2(norm2(conv1(act1(norm1(x))) + temb))))) / divisor``.
 
-    ``resample`` stands between the first activation and conv1, and on x where ``resample_x`` does not. ``temb`` is (N, C),
-    or of any shape that broadcasts against conv1's output, and with ``cast_temb`` cast to its dtype. ``modulate1`` and
-    ``modulate2`` are ``scale``, ``shift`` and ``called`` of :func:`ldm_fused.modules.norm_swish`, for either norm. ``act1``
-    and ``act2`` are the modules of the activations, None where the class computes swish itself. ``recompute`` is the
-    block's own wish to recompute.
+    ``resample`` stands between the first activation and conv1, and on x where ``resample_x`` does not. ``temb`` is
+    (N, C), or of any shape that broadcasts against conv1's output, and with ``cast_temb`` cast to its dtype.
+    ``modulate1`` and ``modulate2`` are ``scale``, ``shift`` and ``called`` of :func:`ldm_fused.modules.norm_swish`, for
+    either norm. ``act1`` and ``act2`` are the modules of the activations, None where the class computes swish itself.
+    ``recompute`` is the block's own wish to recompute.
     """
     first, second = site.sites(block)[:2]
     # A bias is left to the op that reads a convolution's output only where nothing comes between.

@@ -44,8 +44,8 @@ class Site:
         self.bytes: Dict[Optional[str], int] = {}
 
     def count(self, x: Optional[Tensor], reason: Optional[str]) -> None:
-        """Counts in eager mode only: in a compiled graph a counter would be a guard, and each call compile anew. x is None
-        where it was not seen."""
+        """Counts in eager mode only: in a compiled graph a counter would be a guard, and each call compile anew. x is
+        None where it was not seen."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         self.calls[reason] = self.calls.get(reason, 0) + 1
@@ -123,16 +123,17 @@ class RunReport:
                          f"{row.fallback_bytes / 1e6:.1f}", reasons[0]))
             rows += [("", "", "", "", "", reason) for reason in reasons[1:]]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:5], widths[1:])), row[5]]).rstrip()
-                 for row in rows]
+        columns = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:5], widths[1:])), row[5]]
+                   for row in rows]
+        lines = ["  ".join(column).rstrip() for column in columns]
         share = "not called yet" if self.share != self.share else f"{self.share:.1%} of the norms' bytes fused"
         return "\n".join([*lines, f"{len(self.sites)} norms, {self.fused} fused calls, "
                                   f"{sum(self.fallbacks.values())} not, {share}"])
 
 
 def report(model: Any) -> RunReport:
-    """What the patched norms of ``model``, a module or a pipeline, did in eager mode since they were patched: calls fused
-    and fallen back, with the reason, and bytes. Compiled code counts nothing."""
+    """What the patched norms of ``model``, a module or a pipeline, did in eager mode since they were patched: calls
+    fused and fallen back, with the reason, and bytes. Compiled code counts nothing."""
     from .patch import named_modules
 
     rows: List[SiteReport] = []

@@ -12,8 +12,9 @@ _subclasses: Dict[Tuple[type, Adapter], type] = {}
 
 
 def subclass(original: type, adapter: Adapter) -> type:
-    """The subclass of ``original`` in which the adapter's forward takes the place of the method it names; always the same
-    one. It goes by the original's name, so that what finds classes by name finds it, and pickles as the original."""
+    """The subclass of ``original`` in which the adapter's forward takes the place of the method it names; always the
+    same one. It goes by the original's name, so that what finds classes by name finds it, and pickles as the original.
+    """
     found = _subclasses.get((original, adapter))
     if found is None:
         method = adapter.method
@@ -74,8 +75,8 @@ def swap_back(module: nn.Module) -> None:
         RuntimeError: where something else has swapped the class since.
     """
     if "_ldm_fused_original" not in type(module).__dict__:
-        raise RuntimeError(f"{type(module).__name__} cannot be unpatched: its class was changed after it was patched, as "
-                           "fully_shard does")
+        raise RuntimeError(f"{type(module).__name__} cannot be unpatched: its class was changed after it was patched, "
+                           "as fully_shard does")
     module.__class__ = original(type(module))
     del module.__dict__[STATE]
 

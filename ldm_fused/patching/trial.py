@@ -1,6 +1,7 @@
 """Does an adapter compute what the class computes? Tried on a small private copy with random weights.
 
-A class is known by where it is defined, but libraries change, and forks keep the names: what its forward does is looked at.
+A class is known by where it is defined, but libraries change, and forks keep the names: what its forward does is looked
+at.
 """
 
 from typing import Any, Dict, List, Optional
@@ -55,8 +56,8 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
                     return f"in a trial its {adapter.method} had another number of outputs than is known of the class"
                 for name, a, b in zip(names, found, expected):
                     if not _close(a, b):
-                        return (f"in a trial in {'training' if training else 'evaluation'} its {adapter.method} computed "
-                                f"another {name} than is known of the class")
+                        return (f"in a trial in {'training' if training else 'evaluation'} its {adapter.method} "
+                                f"computed another {name} than is known of the class")
     except Exception as error:  # whatever a class raises is a reason to leave it alone
         return f"a trial failed with {type(error).__name__}: {error}"
     return None
@@ -64,7 +65,8 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
 
 def _results(block: nn.Module, adapter: Adapter, arguments, leaves) -> List[Tensor]:
     torch.default_generator.manual_seed(1)
-    y = getattr(block, adapter.method)(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))  # some write to them
+    own = [t.clone() if isinstance(t, Tensor) else t for t in arguments]  # some blocks write to them
+    y = getattr(block, adapter.method)(*own)
     y, *others = [t for t in tree_leaves(y) if isinstance(t, Tensor)]
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     gradients = torch.autograd.grad(y, leaves, dy, allow_unused=True)
@@ -79,7 +81,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def private_copy(module: nn.Module, memo: Dict[int, nn.Module]) -> nn.Module:
-    """The module in float64 on the CPU with random parameters, and without what was hung on it: hooks, another forward."""
+    """The module in float64 on the CPU, with random parameters and without what was hung on it: hooks, a forward."""
     if id(module) in memo:
         return memo[id(module)]
     if type(module) is nn.Dropout:
@@ -93,7 +95,8 @@ def private_copy(module: nn.Module, memo: Dict[int, nn.Module]) -> nn.Module:
         own.__dict__.update(kept)
         own._parameters = {name: _random(p) for name, p in module._parameters.items()}
         own._buffers = {name: _cpu(b) for name, b in module._buffers.items()}
-        own._modules = {name: None if child is None else private_copy(child, memo) for name, child in module._modules.items()}
+        own._modules = {name: None if child is None else private_copy(child, memo)
+                        for name, child in module._modules.items()}
         own._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     memo[id(module)] = own
     return own

@@ -43,7 +43,7 @@ def assert_no_less_accurate(ours, eager, exact, dtype):
 
 
 def check(model, call, inputs, *, fused=1, memory_format=None, **options):
-    """``call(model, *inputs)``: outputs and gradients before and after ``patch``, state dict, ``unpatch``; the report."""
+    """``call(model, *inputs)``: outputs and gradients before ``patch`` and after, state dict, ``unpatch``; reports."""
     randomize(model)
     if memory_format is not None:
         model.to(memory_format=memory_format)

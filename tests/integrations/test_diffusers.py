@@ -16,7 +16,8 @@ import ldm_fused
 
 def autoencoder(**options):
     options = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, **options}
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options)
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                         **options)
 
 
 def unet(**options):
@@ -66,7 +67,8 @@ def unconditional():
 
 
 def test_unconditional_unet_whose_blocks_up_and_down_sample():
-    patched, run = check(unconditional(), lambda m, x, t: m(x, t).sample, [torch.randn(2, 3, 16, 16), torch.tensor([3, 500])])
+    patched, run = check(unconditional(), lambda m, x, t: m(x, t).sample,
+                         [torch.randn(2, 3, 16, 16), torch.tensor([3, 500])])
     assert not patched.skipped and run.share == 1
 
 
@@ -134,15 +136,16 @@ def test_the_norm_and_the_activation_at_the_end_called_alone_compute_what_they_d
     ldm_fused.patch(decoder)
     x = torch.randn(2, 32, 5, 5)
     h = decoder.conv_norm_out(x)
-    assert torch.equal(h, nn.functional.group_norm(x, 8, decoder.conv_norm_out.weight, decoder.conv_norm_out.bias, 1e-6))
+    norm = decoder.conv_norm_out
+    assert torch.equal(h, nn.functional.group_norm(x, 8, norm.weight, norm.bias, 1e-6))
     assert torch.equal(decoder.conv_act(h), nn.functional.silu(h))
 
 
 # ---- Other blocks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [dict(), dict(out_channels=64, output_scale_factor=2.0), dict(up=True), dict(down=True)],
-                         ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(out_channels=64, output_scale_factor=2.0), dict(up=True),
+                                     dict(down=True)], ids=str)
 def test_ada_group_block(options):
     block = ResnetBlockCondNorm2D(in_channels=32, temb_channels=24, groups=8, **options)
     patched, run = check(block, lambda b, x, t: b(x, t), [torch.randn(2, 32, 8, 8), torch.randn(2, 24)], fused=2)
@@ -170,7 +173,8 @@ def test_spatial_norms_are_left():
 def test_temporal_block_on_a_permuted_tensor(options):
     block = TemporalResnetBlock(in_channels=32, **{"temb_channels": 24, **options})
     temb = None if block.time_emb_proj is None else torch.randn(2, 3, 24)
-    patched, run = check(block, lambda b, x, t: b(x.permute(0, 2, 1, 3, 4), t), [torch.randn(2, 3, 32, 4, 6), temb], fused=2)
+    patched, run = check(block, lambda b, x, t: b(x.permute(0, 2, 1, 3, 4), t), [torch.randn(2, 3, 32, 4, 6), temb],
+                         fused=2)
     assert not patched.skipped and run.share == 1
 
 
@@ -192,16 +196,16 @@ def test_temporal_block_with_a_hooked_norm_falls_back():
 
 def test_spatio_temporal_block():
     block = SpatioTemporalResBlock(32, 64, temb_channels=24)
-    patched, run = check(block, lambda b, x, t: b(x, t, torch.zeros(2, 3)), [torch.randn(6, 32, 4, 6), torch.randn(6, 24)],
-                         fused=4)
+    patched, run = check(block, lambda b, x, t: b(x, t, torch.zeros(2, 3)),
+                         [torch.randn(6, 32, 4, 6), torch.randn(6, 24)], fused=4)
     assert not patched.skipped and run.share == 1
 
 
 def test_hunyuan_video_autoencoder():
     model = AutoencoderKLHunyuanVideo(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 16), layers_per_block=1,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4, norm_num_groups=4,
-        mid_block_add_attention=True)
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        norm_num_groups=4, mid_block_add_attention=True)
     patched, run = check(model, reconstruct, [torch.randn(1, 3, 5, 16, 16)], fused=20)
     assert not patched.skipped and run.share == 1
 
@@ -209,8 +213,8 @@ def test_hunyuan_video_autoencoder():
 def test_cogvideox_autoencoder():
     model = AutoencoderKLCogVideoX(
         in_channels=3, out_channels=3, down_block_types=("CogVideoXDownBlock3D",) * 4, layers_per_block=1,
-        up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4,
-        temporal_compression_ratio=4, sample_height=16, sample_width=16)
+        up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8), latent_channels=4,
+        norm_num_groups=4, temporal_compression_ratio=4, sample_height=16, sample_width=16)
     patched, run = check(model, reconstruct, [torch.randn(1, 3, 5, 16, 16)], fused=10)
     assert all("CogVideoXSpatialNorm3D" in why for _, _, why in patched.skipped)
     assert run.share == 1  # of what is patched: the encoder's blocks, and the norms inside the decoder's

@@ -39,8 +39,8 @@ def test_autoencoder_block(out_channels, dims):
 @pytest.mark.parametrize("options", [dict(), dict(out_channels=64), dict(up=True), dict(down=True)], ids=str)
 def test_unet_block(options, dims):
     block = DiffusionUNetResnetBlock(dims, 32, 24, norm_num_groups=8, **options)
-    patched, run = check(block, lambda b, x, t: b(x, t), [torch.randn(2, 32, *SIZES[dims]), torch.randn(2, 24)], fused=2,
-                         strict=True)
+    patched, run = check(block, lambda b, x, t: b(x, t), [torch.randn(2, 32, *SIZES[dims]), torch.randn(2, 24)],
+                         fused=2, strict=True)
     assert run.share == 1
 
 

@@ -70,7 +70,8 @@ def test_accelerate_hook_on_a_block(vae, expected, in_order):
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_diffusers_group_offload(vae, expected, in_order, kind):
     options = dict(num_blocks_per_group=1) if kind == "block_level" else {}
-    in_order(vae, lambda model: apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type=kind, **options))
+    in_order(vae, lambda model: apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type=kind,
+                                                       **options))
     same(vae, expected, PICTURE)
     fallbacks = ldm_fused.report(vae).fallbacks
     assert fallbacks if kind == "leaf_level" else ldm_fused.report(vae).fused

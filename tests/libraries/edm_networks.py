@@ -34,13 +34,15 @@ class UNetBlock(nn.Module):
                  skip_scale=1.0, adaptive_scale=True):
         super().__init__()
         self.in_channels, self.out_channels, self.emb_channels = in_channels, out_channels, emb_channels
-        self.num_heads, self.dropout, self.skip_scale, self.adaptive_scale = num_heads, dropout, skip_scale, adaptive_scale
+        self.num_heads, self.dropout = num_heads, dropout
+        self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
         self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3, up, down)
         self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
         self.norm1 = GroupNorm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
-        self.skip = Conv2d(in_channels, out_channels, 1, up, down) if up or down or in_channels != out_channels else None
+        changes = up or down or in_channels != out_channels
+        self.skip = Conv2d(in_channels, out_channels, 1, up, down) if changes else None
         if num_heads:
             self.norm2 = GroupNorm(out_channels)
             self.qkv, self.proj = Conv2d(out_channels, 3 * out_channels, 1), Conv2d(out_channels, out_channels, 1)

@@ -137,7 +137,9 @@ class CogVideoXBlock(Block):
 
     def example(self, block: nn.Module):
         x = torch.randn(2, block.in_channels, 3, 4, 2, dtype=torch.float64)
-        return x, torch.randn(2, block.temb_proj.in_features, dtype=torch.float64) if hasattr(block, "temb_proj") else None
+        if not hasattr(block, "temb_proj"):
+            return (x,)
+        return x, torch.randn(2, block.temb_proj.in_features, dtype=torch.float64)
 
     def forward(self, block: nn.Module, inputs: Tensor, temb: Optional[Tensor] = None, zq: Optional[Tensor] = None,
                 conv_cache: Optional[Dict[str, Tensor]] = None):

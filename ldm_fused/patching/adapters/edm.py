@@ -35,8 +35,8 @@ class UNetBlock(Adapter):
             modulate, params = dict(zip(("scale", "shift"), params.chunk(2, dim=1))), None
         drops = block.training and block.dropout > 0
         x = resnet(block, x, norm1=block.norm0, conv1=block.conv0, norm2=block.norm1, conv2=block.conv1,
-                   dropout=(lambda h: F.dropout(h, p=block.dropout)) if drops else None, shortcut=block.skip, temb=params,
-                   modulate2=modulate, divisor=1 / block.skip_scale)
+                   dropout=(lambda h: F.dropout(h, p=block.dropout)) if drops else None, shortcut=block.skip,
+                   temb=params, modulate2=modulate, divisor=1 / block.skip_scale)
         return self.attention(block, x) if block.num_heads else x
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""CompVis latent-diffusion and stable-diffusion, taming-transformers, generative-models, and private copies of their file."""
+"""CompVis latent-diffusion and stable-diffusion, taming-transformers, generative-models, and copies of their file."""
 
 import inspect
 from typing import Optional, Sequence
@@ -69,8 +69,8 @@ def channels(norm: nn.Module) -> int:
 
 
 def private_copy(module: nn.Module) -> Optional[Adapter]:
-    """The adapter for a class that nobody knows and that looks like one of the LDM model file, or None. It is named by its
-    parts, and told by a trial, or by its source."""
+    """The adapter for a class that nobody knows and that looks like one of the LDM model file, or None. Its parts name
+    it; a trial, or its source, tells."""
     if {"norm1", "conv1", "norm2", "dropout", "conv2"} <= set(module._modules):
         return BLOCK
     if "norm_out" in module._modules and END.why_not(module) is None:

@@ -66,8 +66,8 @@ class ResBlock(Adapter):
         if block.use_scale_shift_norm:
             modulate, emb = dict(zip(("scale", "shift"), emb.chunk(2, dim=1))), None
         updown = getattr(block, "updown", False)
-        return resnet(block, x, norm1=norm1, act1=act1, conv1=conv1, norm2=norm2, act2=act2, dropout=dropout, conv2=conv2,
-                      shortcut=block.skip_connection, resample=block.h_upd if updown else None,
+        return resnet(block, x, norm1=norm1, act1=act1, conv1=conv1, norm2=norm2, act2=act2, dropout=dropout,
+                      conv2=conv2, shortcut=block.skip_connection, resample=block.h_upd if updown else None,
                       resample_x=block.x_upd if updown else None, temb=emb, cast_temb=True, modulate2=modulate)
 
 

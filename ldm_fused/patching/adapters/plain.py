@@ -39,8 +39,8 @@ class Norm(Adapter):
         if reason is not None:
             return swap.as_before(norm, input)
         if known.keeps_dtype:
-            return functional.run(functional.checked(input, norm.num_groups, norm.weight, norm.bias, norm.eps, None, None,
-                                                     None, None, None))
+            return functional.run(functional.checked(input, norm.num_groups, norm.weight, norm.bias, norm.eps, None,
+                                                     None, None, None, None))
         return functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)
 
 
