@@ -3,6 +3,11 @@
 
 PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis setuptools wheel
 
+INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
+    einops==0.8.2 numpy pytest
+# Without what it asks for: the file of blocks that is tested needs none of it.
+INTEGRATIONS_ALONE := taming-transformers==0.0.1
+
 ifdef PYTHON
 PY := $(PYTHON)
 else
@@ -10,6 +15,8 @@ PY := .venv/bin/python
 # Named after what is in it, so that another list is installed anew.
 READY := .venv/ready-$(shell echo '$(PACKAGES)' | cksum | cut -d' ' -f1)
 endif
+READY_INTEGRATIONS := .venv-integrations/ready-$(shell \
+    echo '$(INTEGRATIONS) $(INTEGRATIONS_ALONE)' | cksum | cut -d' ' -f1)
 
 # The tree comes before any installed ldm_fused, in programs that the tests start too.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -18,17 +25,21 @@ OUT ?= build/gpu
 # Those that run on the emulated device that is set; the others are the same on each.
 DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload
 
-.PHONY: help build test devices sanitize bench gpu traffic sass mutants clean toolkit
+.PHONY: help build test test-integrations devices sanitize bench gpu traffic sass mutants clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 	@echo "PYTHON=/path/python uses that interpreter, and whatever torch from 2.11 on it has, in place of .venv."
 	@echo "ARGS='...' is handed to pytest, or to the script that the target runs (ARGS=--help lists its options)."
 	@echo "The build reads FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS."
 
 test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
+
+# A conftest.py of their own, for tests' builds the emulator.
+test-integrations: build $(READY_INTEGRATIONS) ## test ldm_fused.patch on diffusers, accelerate, PEFT, MONAI and taming
+	.venv-integrations/bin/python -m pytest --confcutdir tests/integrations tests/integrations $(ARGS)
 
 devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 and T4, in the emulator
 	@for device in H200 A100 'RTX 4090' T4; do echo "== $$device"; \
@@ -89,6 +100,12 @@ endif
 	.venv/bin/python -m pip install $(PACKAGES)
 	@touch $@
 
-clean: ## remove what was built (.venv stays)
+.venv-integrations/ready-%:
+	python3 -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install $(INTEGRATIONS)
+	.venv-integrations/bin/python -m pip install --no-deps $(INTEGRATIONS_ALONE)
+	@touch $@
+
+clean: ## remove what was built (.venv and .venv-integrations stay)
 	rm -rf build dist *.egg-info ldm_fused/_C*.so .pytest_cache .hypothesis
 	find . -name .venv\* -prune -o -name __pycache__ -type d -exec rm -rf {} +

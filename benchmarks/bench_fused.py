@@ -27,6 +27,7 @@ examples:
   bench_fused.py --suite all --layout both --dtype bfloat16,float32 --json all.json
   bench_fused.py --shape 4,96,40,40 --dtype bfloat16
   bench_fused.py --model --image picture.png      a whole autoencoder
+  bench_fused.py --model diffusers-unet --resolution 512 --providers eager,ours
 """
 
 
@@ -63,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     add = what.add_argument
     add("--op", action="store_true", help="the op: GroupNorm and SiLU")
     add("--block", action="store_true", help="the ResNet block")
-    add("--model", action="store_true", help="a whole LDM kl-f8 autoencoder; takes long on a CPU")
+    add("--model", nargs="?", const="ldm", choices=["ldm", "diffusers-vae", "diffusers-unet"], metavar="NAME",
+        help="a whole LDM kl-f8 autoencoder, or diffusers-vae or diffusers-unet: Stable Diffusion 1.5's, with random"
+             " weights, before ldm_fused.patch and after; takes long on a CPU")  # fmt: skip
     add("--forward", action="store_true", help="only the forward pass, without autograd")
     add("--train", action="store_true", help="only forward and backward together (without either option: both, and"
                                              " training only for models that people train)")  # fmt: skip

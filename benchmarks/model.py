@@ -1,4 +1,4 @@
-"""--model: a whole LDM kl-f8 autoencoder with each block implementation in turn."""
+"""--model: a whole LDM kl-f8 autoencoder with each block implementation in turn, or a model of diffusers patched."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import diffusers_models, measure
 from benchmarks.autoencoder import AutoencoderKL
 from benchmarks.providers import MEMORY_FORMATS, PROVIDERS, Contender, compiled, randomize_norms
 from benchmarks.report import Cell, Progress, aligned, scaled, times
@@ -18,8 +18,9 @@ from benchmarks.report import Cell, Progress, aligned, scaled, times
 
 @dataclass
 class ModelRow:
-    """The autoencoder forward or in training, by each provider."""
+    """A model forward or in training, by each provider."""
 
+    model: str
     mode: str
     layout: str
     dtype: str
@@ -30,7 +31,7 @@ class ModelRow:
 
     @property
     def title(self) -> str:
-        return f"autoencoder {self.mode}"
+        return f"{'autoencoder' if self.model == 'ldm' else self.model} {self.mode}"
 
     def seconds(self, name: str) -> Optional[float]:
         return self.cells[name].seconds("wall") if name in self.cells else None
@@ -56,7 +57,7 @@ class ModelRow:
             }
             for name, cell in self.cells.items()
         }
-        case = {k: getattr(self, k) for k in ("mode", "layout", "dtype", "device", "resolution", "picture")}
+        case = {k: getattr(self, k) for k in ("model", "mode", "layout", "dtype", "device", "resolution", "picture")}
         return {"level": "model", **case, "providers": numbers}
 
 
@@ -114,15 +115,20 @@ def run(args) -> List[ModelRow]:
     """Each layout and mode; all implementations share one set of random weights."""
     if args.resolution < 8 or args.resolution % 8:
         sys.exit(f"--resolution {args.resolution}: the autoencoder needs a multiple of 8")
-    x = picture(args.image, args.resolution)
+    if args.model == "diffusers-unet":
+        x = diffusers_models.latent(args.resolution)
+    else:
+        x = picture(args.image, args.resolution)
     layouts = ["contiguous", "channels_last"] if args.layout == "both" else [args.layout]
-    progress = Progress(len(args.dtypes) * len(layouts) * len(args.modes) * (len(args.providers) + 1))
+    names = [name for name in args.providers if args.model == "ldm" or name != "F.silu"]  # which is not in a real model
+    progress = Progress(len(args.dtypes) * len(layouts) * len(args.modes) * (len(names) + 1))
     rows = []
     for dtype, layout in itertools.product(args.dtypes, layouts):
-        contenders = build(list(dict.fromkeys(["eager", *args.providers])), args, layout, getattr(torch, dtype))
+        make = build if args.model == "ldm" else diffusers_models.build
+        contenders = make(list(dict.fromkeys(["eager", *names])), args, layout, getattr(torch, dtype))
         for mode in args.modes:
-            row = ModelRow(mode, layout, dtype, args.device, args.resolution, args.image or "synthetic")
-            measure_row(row, contenders, x, args, progress)
+            row = ModelRow(args.model, mode, layout, dtype, args.device, args.resolution, args.image or "synthetic")
+            measure_row(row, contenders, x, names, args, progress)
             rows.append(row)
     progress.close()
     return rows
@@ -145,7 +151,8 @@ def build(names: List[str], args, layout: str, dtype: torch.dtype) -> List[Conte
     return contenders
 
 
-def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, args, progress: Progress) -> None:
+def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, names: List[str], args,
+                progress: Progress) -> None:
     """Difference, memory and time of every provider."""
     dtype = getattr(torch, row.dtype)
     x = picture.to(args.device, dtype).contiguous(memory_format=MEMORY_FORMATS[row.layout])
@@ -170,12 +177,12 @@ def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, arg
         except Exception as e:  # torch.compile without a working compiler, or too little memory: the others go on
             cell.reason = measure.first_line(e)
             cell.failed = contender.name != "compile" and not measure.out_of_memory(e)
-        if contender.name in args.providers:
+        if contender.name in names:
             progress.step()
         if cell.failed:
             progress.say(f"{contender.name}, {row.title} {row.dtype}: {cell.reason}")
-    row.cells = {name: row.cells[name] for name in args.providers}
-    runs = {name: run for name, run in runs.items() if name in args.providers}
+    row.cells = {name: row.cells[name] for name in names}
+    runs = {name: run for name, run in runs.items() if name in names}
     progress.show(f"{row.title}: timing")
     timings = measure.time_in_turn(runs, [inputs], row.mode, args.min_run_time, graphs=False)
     for name, timing in timings.items():
@@ -219,8 +226,9 @@ def summary(rows: List[ModelRow], args) -> str:
     return "\n".join(
         [
             "",
-            f"LDM kl-f8 autoencoder, encode and decode, {rows[0].resolution} x {rows[0].resolution} pixels, "
-            f"batch 1, picture: {rows[0].picture}",
+            f"{diffusers_models.TITLES.get(args.model, 'LDM kl-f8 autoencoder, encode and decode')}, "
+            f"{rows[0].resolution} x {rows[0].resolution} pixels, batch 1, "
+            + ("random latent" if args.model == "diffusers-unet" else f"picture: {rows[0].picture}"),
             "",
             text[0],
             "-" * max(map(len, text)),

@@ -3,16 +3,26 @@
 from . import ops, reference
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
+from .patching import Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, report, unpatch
 
 __all__ = [
+    "Adapter",
     "FusedResnetBlock",
     "GroupNormSiLU",
+    "PatchReport",
     "UnsupportedBlock",
     "bias_add_residual",
     "build_info",
+    "disabled",
     "group_norm_act",
     "group_norm_silu",
+    "is_patched",
+    "patch",
+    "patched",
     "reference",
+    "register_block",
+    "report",
+    "unpatch",
 ]
 
 __version__ = ops._C.build_info()["version"]

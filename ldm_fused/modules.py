@@ -1,14 +1,11 @@
 """Modules: :class:`GroupNormSiLU` and :class:`FusedResnetBlock`."""
 
-import copy
-from typing import Optional, Tuple
+from typing import Optional
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from . import functional, ops, pristine, reference
+from . import functional, pristine, reference
+from .resnet import resnet
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
 
@@ -68,9 +65,12 @@ class FusedResnetBlock(reference.ResnetBlock):
         Raises:
             UnsupportedBlock: with the reason.
         """
+        from .patching import trial  # it serves blocks of this class too
+        from .patching.adapters.ldm import BLOCK
+
         reason = pristine.why_not_instance(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
-            reason = _why_not_structure(block) or _why_not_meaning(block)
+            reason = why_not_structure(block) or trial.why_not(block, BLOCK)
         if reason is not None:
             raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
         return cls._sharing(block, recompute)
@@ -100,130 +100,21 @@ class FusedResnetBlock(reference.ResnetBlock):
             if not hasattr(self, "temb_proj"):
                 raise ValueError("temb was given to a block without temb_proj: construct it with temb_channels > 0")
             temb = self.temb_proj(reference.swish(temb))
-        bias1, bias2 = bias_left(self.conv1, x), bias_left(self.conv2, x)
-        if self.recompute and torch.is_grad_enabled() and not (ops.in_transform() or torch.compiler.is_exporting()):
-            # The recomputation stops at what the convolution saves, its input: convolutions run once.
-            h, x = checkpoint(self._first_half, x, bias1, use_reentrant=False)
-            h = checkpoint(self._second_half, h, temb, bias1, bias2, use_reentrant=False)
-        else:
-            h, x = self._first_half(x, bias1)
-            h = self._second_half(h, temb, bias1, bias2)
-        shortcut_bias = None
+        shortcut = None
         if self.in_channels != self.out_channels:
             shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
-            shortcut_bias = bias_left(shortcut, x)
-            x = convolution(shortcut, x, shortcut_bias)
-        if bias2 is None and shortcut_bias is None or x.dtype != h.dtype:
-            return with_bias(x, shortcut_bias) + with_bias(h, bias2)
-        return functional.bias_add_residual(x, h, shortcut_bias, bias2)  # in this order: the result's layout is x's
-
-    def _first_half(self, x: Tensor, bias1: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        """conv1's output, and x for the shortcut."""
-        h, x = norm_swish(self.norm1, x, into=self.conv1, shortcut=True)
-        return convolution(self.conv1, h, bias1), x
-
-    def _second_half(
-        self, h: Tensor, temb: Optional[Tensor], bias1: Optional[Tensor], bias2: Optional[Tensor]
-    ) -> Tensor:
-        p = probability_of(self.dropout)
-        if p is not None:
-            h, _ = norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1, into=self.conv2, dropout_p=p)
-        else:
-            h = self.dropout(norm_swish(self.norm2, h, pre_bias=temb, conv_bias=bias1)[0])
-        return convolution(self.conv2, h, bias2)
+        return resnet(x, norm1=self.norm1, conv1=self.conv1, temb=temb, norm2=self.norm2, dropout=self.dropout,
+                      conv2=self.conv2, shortcut=shortcut, recompute=self.recompute)
 
 
 # Classes whose forward is known to be the reference block's, by identity: a subclass may compute something else.
 KNOWN_CLASSES = {reference.ResnetBlock, FusedResnetBlock}
 
 
-def bias_left(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
-    """The bias that :func:`convolution` leaves to the op that reads its output; None where the convolution adds it.
-
-    On CUDA PyTorch adds a convolution's bias in a kernel of its own, which reads and writes the whole tensor; on a CPU
-    the convolution adds it on the way.
-    """
-    if not _has_separate_bias(x) or ops.in_transform() or pristine.why_not(conv, nn.Conv2d, x.device) is not None:
-        return None
-    bias, out_dtype = conv.bias, conv.weight.dtype
-    if functional.is_autocast(x) and out_dtype != torch.float64:
-        out_dtype = torch.get_autocast_dtype(x.device.type)
-    return bias if bias is not None and functional.takes_beside(bias.dtype, out_dtype) else None
-
-
-def _has_separate_bias(x: Tensor) -> bool:
-    return x.is_cuda and ops.HAS_CUDA
-
-
-def convolution(conv: nn.Module, x: Tensor, left: Optional[Tensor]) -> Tensor:
-    """``conv(x)``, without the bias if that was ``left``."""
-    return conv(x) if left is None else conv._conv_forward(x, conv.weight, None)
-
-
-def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
-    """A convolution's output with the bias that was ``left``, as the convolution would have given it."""
-    return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
-
-
-def probability_of(dropout: nn.Module) -> Optional[float]:
-    """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
-    if pristine.why_not(dropout, nn.Dropout) is not None:
-        return None
-    return dropout.p if dropout.training else 0.0
-
-
-def norm_swish(
-    norm: nn.GroupNorm,
-    x: Tensor,
-    *,
-    pre_bias: Optional[Tensor] = None,
-    conv_bias: Optional[Tensor] = None,
-    into: Optional[nn.Module] = None,
-    shortcut: bool = False,
-    dropout_p: float = 0.0,
-) -> Tuple[Tensor, Tensor]:
-    """``dropout(swish(norm(x + conv_bias + pre_bias)))``, in one op if ``norm`` is pristine, else by calling it; and x,
-    which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in norm's backward pass,
-    and there is no dropout.
-
-    ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out. ``into`` is the convolution that
-    takes the result: under autocast the op stores right in the dtype that a plain convolution would cast it to.
-    """
-    odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
-    if odd or pristine.why_not_norm(norm, x) is not None:
-        x, conv_bias = with_bias(x, conv_bias), None
-        if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
-            x, pre_bias = x + pre_bias[:, :, None, None], None
-    if pristine.why_not_norm(norm, x) is not None:
-        h = reference.swish(norm(x))
-        return (F.dropout(h, dropout_p) if dropout_p else h), x
-    if conv_bias is not None:
-        pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
-    dtype = _autocast_dtype_of_convolution(x, into)
-    shortcut = shortcut and torch.is_grad_enabled()
-    if dtype is None and (functional.is_autocast(x) or not shortcut):
-        return functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, pre_bias=pre_bias,
-                                         dropout_p=dropout_p), x
-    arguments = functional.checked(x, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", pre_bias, None, None,
-                                   dtype)
-    if shortcut:
-        return functional.run_and_shortcut(arguments)
-    return functional.run_with_dropout(arguments, dropout_p), x
-
-
-def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
-    """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
-    device_type = x.device.type
-    if conv is None or not functional.is_autocast(x) or pristine.why_not(conv, nn.Conv2d) is not None:
-        return None
-    dtype = torch.get_autocast_dtype(device_type)
-    return dtype if dtype == x.dtype or x.dtype == torch.float32 else None
-
-
 # ---- from_module -----------------------------------------------------------------------------------------------
 
 
-def _why_not_structure(block: nn.Module) -> Optional[str]:
+def why_not_structure(block: nn.Module) -> Optional[str]:
     """The reason why ``block`` is not made of exactly the reference block's parts, or None."""
     children = dict(block._modules)
     shortcuts = {"nin_shortcut": 1, "conv_shortcut": 3}
@@ -260,54 +151,3 @@ def _is_same_convolution(conv: nn.Conv2d, in_channels: int, out_channels: int, s
     return (conv.in_channels == in_channels and conv.out_channels == out_channels and conv.kernel_size == (size, size)
             and conv.padding in ((size // 2, size // 2), "same") and conv.stride == (1, 1) and conv.dilation == (1, 1)
             and conv.groups == 1 and conv.padding_mode == "zeros")
-
-
-def _why_not_meaning(block: nn.Module) -> Optional[str]:
-    """The reason why ``block``'s own forward does not compute what a fused block computes, or None.
-
-    Tried in float64 on a private copy with random weights, forward and backward, in training with dropout and in
-    evaluation: an unknown class may have the reference block's parts and yet put them together in another way.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), \
-                torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            torch.default_generator.manual_seed(0)  # the CPU's alone, which is given back as it was
-            own = copy.deepcopy(block).to_empty(device="cpu").to(torch.float64).requires_grad_(True)
-            own.dropout.p = 0.5
-            own.dropout.register_forward_hook(lambda *_: None)  # so that both draw their masks by calling it
-            for parameter in own.parameters():
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            fused = FusedResnetBlock._sharing(own, recompute=False)
-            x = torch.randn(2, own.conv1.in_channels, 6, 4, dtype=torch.float64, requires_grad=True)
-            temb = None
-            if hasattr(own, "temb_proj"):
-                temb = torch.randn(2, own.temb_proj.in_features, dtype=torch.float64, requires_grad=True)
-            leaves = [t for t in (x, temb, *own.parameters()) if t is not None]
-            for training in (True, False):
-                own.train(training)
-                found, expected = (_trial(call, x, temb, leaves) for call in (lambda x, t: _call(own, x, t), fused))
-                names = ["output", *["gradient"] * len(leaves)]
-                for name, a, b in zip(names, found, expected):
-                    if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
-                        return (f"in {'training' if training else 'evaluation'} its forward computes another {name} "
-                                "than norm, swish, conv, norm, swish, dropout, conv, add")
-    except Exception as error:  # whatever an unknown class raises is a reason to leave it alone
-        return f"its forward failed in a trial with {type(error).__name__}: {error}"
-    return None
-
-
-def _trial(call, x: Tensor, temb: Optional[Tensor], leaves) -> list:
-    """Output and gradients, with the random numbers of every other trial."""
-    torch.default_generator.manual_seed(1)
-    y = call(x, temb)
-    return [y, *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))]
-
-
-def _call(block: nn.Module, x: Tensor, temb: Optional[Tensor]) -> Tensor:
-    """``block(x, temb)``, or ``block(x)`` where it takes no temb."""
-    if temb is not None:
-        return block(x, temb)
-    try:
-        return block(x)
-    except TypeError:  # CompVis blocks want temb even where it is None
-        return block(x, None)

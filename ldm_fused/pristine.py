@@ -4,14 +4,63 @@ Offloading libraries replace ``forward`` in the instance and leave parameters on
 profilers hook modules. Where anything of the kind is found the module itself is called, and the result is right.
 """
 
-from typing import Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-_FORWARD = {cls: cls.forward for cls in (nn.GroupNorm, nn.Conv2d, nn.Dropout, nn.Linear)}
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Conv1d)
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
+
+
+class Norm(NamedTuple):
+    """What is known of a class of norms that the fused op computes."""
+
+    keeps_dtype: bool = False  # gives the input's dtype, also under CUDA autocast, where nn.GroupNorm gives float32
+    why_not_now: Callable[[nn.Module], Optional[str]] = lambda norm: None  # why an instance must be called, or None
+
+
+_FORWARD: Dict[type, Optional[Callable]] = {}
+_NORMS: Dict[type, Norm] = {}
+_ACTIVATIONS = {nn.SiLU}
+
+
+def know(cls: type) -> None:
+    """From now on ``cls``, with its own file's forward, may be bypassed by whoever knows what it computes."""
+    file = getattr(cls.forward, "__globals__", {}).get("__name__")
+    _FORWARD.setdefault(cls, cls.forward if file == cls.__module__ else None)  # else somebody has replaced it before
+
+
+def know_norm(cls: type, norm: Norm) -> None:
+    know(cls)
+    _NORMS.setdefault(cls, norm)
+
+
+def know_activation(cls: type) -> None:
+    """``cls`` computes swish."""
+    know(cls)
+    _ACTIVATIONS.add(cls)
+
+
+for _cls in (*CONVOLUTIONS, nn.Dropout, nn.Linear, nn.SiLU, nn.Sequential):
+    know(_cls)
+know_norm(nn.GroupNorm, Norm())
+
+
+def known_norm(cls: type) -> Optional[Norm]:
+    """What is known of a class of norms, or None."""
+    return _NORMS.get(cls)
+
+
+def is_swish(function: Callable[[Tensor], Tensor]) -> bool:
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64, device="cpu")
+    y = function(x.clone())
+    return isinstance(y, Tensor) and torch.allclose(y, x * torch.sigmoid(x), rtol=1e-12)
+
+
+def is_activation(module: nn.Module) -> bool:
+    return type(module) in _ACTIVATIONS
 
 
 def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
@@ -21,19 +70,32 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
     """
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
-    if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
-        return f"{cls.__name__}.forward is replaced"
-    reason = why_not_instance(module)
+    reason = why_not_class(cls) or why_not_hooked(module)
     if reason is not None:
         return reason
-    if (_module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks
-            or _module._global_backward_pre_hooks):
-        return "there are global module hooks"
     if device is not None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device != device:
                 return f"its {name} is on {parameter.device} and the input on {device}"
     return None
+
+
+def why_not_class(cls: type) -> Optional[str]:
+    """The reason why no instance of ``cls`` may be bypassed, or None."""
+    if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
+        return f"{cls.__name__}.forward is replaced"
+    if issubclass(cls, nn.GroupNorm) and nn.GroupNorm.forward is not _FORWARD[nn.GroupNorm]:
+        return "GroupNorm.forward is replaced"  # which a subclass's own calls
+    return None
+
+
+def why_not_hooked(module: nn.Module) -> Optional[str]:
+    """The reason why whoever calls ``module`` gets, or is told, more than its class's forward, or None."""
+    reason = why_not_instance(module)
+    if reason is None and (_module._global_forward_hooks or _module._global_forward_pre_hooks
+                           or _module._global_backward_hooks or _module._global_backward_pre_hooks):
+        reason = "there are global module hooks"
+    return reason
 
 
 def why_not_instance(module: nn.Module) -> Optional[str]:
@@ -45,9 +107,24 @@ def why_not_instance(module: nn.Module) -> Optional[str]:
     return None
 
 
-def why_not_norm(norm: nn.GroupNorm, x: Tensor) -> Optional[str]:
+def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
     """The reason why ``norm(x)`` must be called as it is, or None where the fused op may compute it."""
-    reason = why_not(norm, nn.GroupNorm, x.device)
-    if reason is None and norm.weight is not None and norm.weight.dtype not in (x.dtype, torch.float32):
-        reason = f"its weight is {norm.weight.dtype} and the input {x.dtype}"
-    return reason
+    cls = type(norm) if type(norm) in _NORMS else nn.GroupNorm
+    return why_not(norm, cls, x.device) or why_not_beside(norm, x) or _NORMS[cls].why_not_now(norm)
+
+
+def why_not_activation(act: nn.Module) -> Optional[str]:
+    """The reason why ``act`` must be called, or None where it computes swish."""
+    return why_not(act, type(act) if type(act) in _ACTIVATIONS else nn.SiLU)
+
+
+def why_not_beside(norm: nn.Module, x: Tensor) -> Optional[str]:
+    """The reason why the fused op would not take ``norm``'s parameters beside ``x``, or None."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"its weight is {weight.dtype} and the input {x.dtype}"
+    if weight.device != x.device:
+        return f"its weight is on {weight.device} and the input on {x.device}"
+    return None

@@ -8,6 +8,8 @@ import torch
 
 import ldm_fused
 
+collect_ignore = ["integrations"]  # `make test-integrations` has the libraries that they need
+
 # One thread a process would hide races between them.
 torch.set_num_threads(max(2, torch.get_num_threads()))
 

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,43 @@ def test_model(small, tmp_path, capsys):
     ]
     for numbers in (r["providers"]["ours"] for r in results):
         assert numbers["wall_seconds"] > 0 and numbers["peak_bytes"] > 0 and numbers["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["diffusers-vae", "diffusers-unet"])
+def test_models_of_diffusers(name, monkeypatch, tmp_path, capsys):
+    """Before patch and after, where there is diffusers or something like it."""
+
+    class Output:
+        def __init__(self, sample):
+            self.sample = sample
+
+    class Like(torch.nn.Module):
+        def __init__(self, **config):
+            super().__init__()
+            channels = 3 if name == "diffusers-vae" else 4
+            self.config = types.SimpleNamespace(**config)
+            self.conv_in = torch.nn.Conv2d(channels, 32, 3, padding=1)
+            self.block = providers.reference.ResnetBlock(in_channels=32, dropout=0.0)
+            self.conv_out = torch.nn.Conv2d(32, channels, 3, padding=1)
+
+        def forward(self, x, *others):
+            return Output(self.conv_out(self.block(self.conv_in(x))))
+
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=Like, UNet2DConditionModel=Like))
+    options = ("--resolution", 16, "--providers", "eager,ours,recompute", "--json", tmp_path / "r.json")
+    assert bench("--model", name, *options) == 0
+    assert "Stable Diffusion 1.5" in capsys.readouterr().out
+    for result in json.loads((tmp_path / "r.json").read_text())["results"]:
+        eager, ours, recompute = (result["providers"][provider] for provider in ("eager", "ours", "recompute"))
+        assert result["model"] == name and ours["wall_seconds"] > 0
+        if result["mode"] == "training":
+            assert recompute["kept_bytes"] < ours["kept_bytes"] < eager["kept_bytes"]
+
+
+def test_without_diffusers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit, match="needs diffusers"):
+        bench("--model", "diffusers-vae")
 
 
 def test_a_wrong_model_is_caught(small, monkeypatch, capsys):

@@ -6,7 +6,6 @@ BIASES is "left" if they are left to the fused ops, as on CUDA.
 
 import copy
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ldm_fused import FusedResnetBlock, modules, reference
+import ldm_fused
+from ldm_fused import FusedResnetBlock, reference, resnet
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = 2
@@ -62,9 +62,13 @@ def distributed(kind, dropout, rank):
     """This process's gradients, gathered, by name: of its part of the batch, averaged over all processes."""
     from torch.distributed.fsdp import fully_shard
 
-    model = Two(FusedResnetBlock, dropout=dropout)
-    model.second.recompute = True
-    if kind == "ddp":
+    if "patched" in kind:
+        model = Two(dropout=dropout)
+        ldm_fused.patch(model, recompute=True, strict=True)
+    else:
+        model = Two(FusedResnetBlock, dropout=dropout)
+        model.second.recompute = True
+    if kind.startswith("ddp"):
         model = nn.parallel.DistributedDataParallel(model)
     else:
         for block in (model.first, model.second, model):
@@ -79,7 +83,7 @@ def distributed(kind, dropout, rank):
 
 def main(kind, biases, dropout, rank, file):
     if biases == "left":
-        modules._has_separate_bias = lambda x: True
+        resnet._has_separate_bias = lambda x: True
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=WORLD)
     found, want = distributed(kind, float(dropout), int(rank)), expected(float(dropout))
     assert set(found) == set(want)
@@ -99,7 +103,7 @@ needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this tor
 
 @needs_distributed
 @pytest.mark.parametrize("biases,dropout", [("added", "0.0"), ("left", "0.4")])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "ddp patched", "fsdp2 patched"])
 def test_two_processes_have_the_gradients_of_one(kind, biases, dropout, tmp_path):
     processes = [subprocess.Popen([sys.executable, __file__, kind, biases, dropout, str(rank),
                                    str(tmp_path / "rendezvous")], env=environment(), stdout=subprocess.PIPE,
@@ -114,25 +118,22 @@ def test_two_processes_have_the_gradients_of_one(kind, biases, dropout, tmp_path
     assert all("gradients agree" in output for output in outputs)
 
 
+def losses(tmp_path, processes, *options):
+    """What the training example prints, by step."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    sizes = "--steps 3 --batch 4 --resolution 16 --channels 32".split()
+    run = subprocess.run([*torchrun, str(ROOT / "benchmarks/train_data_parallel.py"), *sizes, *options],
+                         env={**environment(), "CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step ")]
+
+
 @needs_distributed
-def test_the_example_trains_alike_under_ddp_and_fsdp2():
-    program = [str(ROOT / "benchmarks" / "train_autoencoder.py"), "--channels", "32", "--resolution", "16", "--batch", "1",
-               "--steps", "3", "--every", "1", "--lr", "1e-3"]
-    losses = []
-    for kind in ("ddp", "fsdp2"):
-        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                                 str(WORLD), *program, "--parallel", kind], env=environment(), capture_output=True,
-                                text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        losses.append([float(loss) for loss in re.findall(r"^step +\d+  loss ([\d.]+)  ", result.stdout, re.M)])
-    assert len(losses[0]) == 3 and len(set(losses[0])) == 3, losses
-    assert losses[1] == pytest.approx(losses[0], abs=2e-4)  # of four digits
-
-
-def test_the_example_says_how_it_is_started():
-    result = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_autoencoder.py")], capture_output=True,
-                            env={k: v for k, v in environment().items() if k != "RANK"}, text=True)
-    assert result.returncode == 1 and "torchrun --nproc-per-node 2" in result.stderr
+def test_the_training_example_on_two_processes_has_the_losses_of_one(tmp_path):
+    want = losses(tmp_path, 1)
+    assert len(set(want)) == 3
+    for options in ((), ("--fsdp",)):
+        assert losses(tmp_path, WORLD, *options) == pytest.approx(want, rel=1e-4)
 
 
 def test_the_comparison_can_fail():

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, modules, ops, reference
+from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, ops, reference, resnet
 from ldm_fused.compat import ldm
 
 
@@ -22,7 +22,7 @@ from ldm_fused.compat import ldm
 def device(request, monkeypatch):
     """Where a block lives. "cpu as CUDA" leaves the convolutions' biases to the fused ops, as is done on CUDA."""
     if request.param == "cpu as CUDA":
-        monkeypatch.setattr(modules, "_has_separate_bias", lambda x: True)
+        monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
         return "cpu"
     return conftest.cuda() if request.param == "cuda" else "cpu"
 
@@ -480,7 +480,7 @@ def test_hooked_parts_are_called_whoever_adds_the_biases(device, name):
 def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apart(left, monkeypatch):
     """On a CPU oneDNN adds them on the way, and the block ends in an ordinary sum."""
     if left:
-        monkeypatch.setattr(modules, "_has_separate_bias", lambda x: True)
+        monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
     calls, add = [], functional.bias_add_residual
     monkeypatch.setattr(functional, "bias_add_residual", lambda *a: calls.append(a) or add(*a))
     _, fused = pair(**CONFIGURATIONS["1x1 shortcut"])
@@ -598,15 +598,15 @@ def without_dropout(block):
 
 
 @pytest.mark.parametrize("make,reason", [
-    (Preactivated, "computes another output"),
-    (Scaled, "computes another output"),
-    (WrongGradient, "computes another gradient|failed in a trial"),
-    (DropoutLast, "in training its forward computes another output"),
-    (AlwaysDropout, "in evaluation its forward computes another output"),
-    (Subclass, "computes another output"),
+    (Preactivated, "computed another output"),
+    (Scaled, "computed another output"),
+    (WrongGradient, "computed another gradient|a trial failed"),
+    (DropoutLast, "in training its forward computed another output"),
+    (AlwaysDropout, "its forward computed another output"),
+    (Subclass, "computed another output"),
     (lambda: hooked(reference.ResnetBlock(in_channels=32, dropout=0.0)), "it has hooks"),
-    (lambda: uncopyable(PrivateCopy()), "failed in a trial with TypeError"),
-    (Failing, "failed in a trial with KeyError"),
+    (lambda: uncopyable(PrivateCopy()), "a trial failed with TypeError"),
+    (Failing, "a trial failed with KeyError"),
     (WithBatchNorm, "another submodule, norm3"),
     (WithScale, "parameters or buffers of its own"),
     (lambda: strided(PrivateCopy()), "conv1 is Conv2d"),

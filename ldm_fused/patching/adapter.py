@@ -1,0 +1,108 @@
+"""What an adapter is: how instances of one class are served. And which class has which."""
+
+import sys
+from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+
+__all__ = ["Adapter", "register_block"]
+
+
+class Adapter:
+    """How the instances of one class, and of no subclass, are served. An adapter has no state: one serves many classes.
+
+    :func:`ldm_fused.patch` asks :meth:`why_not` of each instance, tries :meth:`forward` against the class's own on a
+    small private copy with random weights, forward and backward, and then swaps the instance's class for a subclass
+    in which ``method`` is :meth:`forward`. For a block of norm, swish, convolution, twice::
+
+        from ldm_fused.patching.resnet import resnet
+
+        class MyBlock(ldm_fused.Adapter):
+            def sites(self, block):
+                return "norm1", "norm2"
+
+            def example(self, block):
+                return (torch.randn(2, block.norm1.num_channels, 6, 4),)
+
+            def forward(self, block, x):
+                return resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2)
+
+        ldm_fused.register_block(my_code.Block, MyBlock())
+
+    Anything else is composed of :func:`ldm_fused.resnet.norm_swish`, which calls a norm that must not be bypassed, and
+    tells :class:`ldm_fused.patching.site.Site` of it.
+    """
+
+    method = "forward"
+    """The method that is taken over."""
+
+    kind = "block"
+    """``"block"`` or ``"norm"``: which of :func:`ldm_fused.patch`'s switches it hangs on."""
+
+    trial_dtype = torch.float64
+    """The dtype of the trial; float32 for classes that compute in it whatever they are given."""
+
+    is_container = False
+    """Whether the class only holds parts, so that its subclasses are nothing to tell of."""
+
+    def why_not(self, module: nn.Module) -> Optional[str]:
+        """The reason why this instance cannot be served, or None. Asked once, by ``patch``."""
+        return None
+
+    def sites(self, module: nn.Module) -> Sequence[str]:
+        """The names of its norms, as ``module.get_submodule`` takes them, in the order of ``site.sites(module)``."""
+        raise NotImplementedError
+
+    def parts(self, module: nn.Module) -> Dict[str, "Adapter"]:
+        """Submodules whose classes are swapped too, by name."""
+        return {}
+
+    def variant(self, module: nn.Module) -> Hashable:
+        """What decides, beside sizes, what the class's forward does: instances of equal variants are tried once."""
+        simple = (bool, int, float, str, type(None))
+        attributes = tuple((k, v) for k, v in sorted(vars(module).items())
+                           if k[0] != "_" and k != "training" and isinstance(v, simple))
+        return attributes, tuple(sorted((name, type(child)) for name, child in module._modules.items()))
+
+    def example(self, module: nn.Module) -> Optional[Tuple[Any, ...]]:
+        """Arguments for the trial: small, float64, on the CPU; None for no trial, where nothing can differ."""
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, *args, **kwargs):
+        """What the class's ``method`` computes, with its signature."""
+        raise NotImplementedError
+
+    def __eq__(self, other) -> bool:  # a pickled one comes back as another object
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+registered: Dict[type, Adapter] = {}
+
+
+def register_block(cls: type, adapter: Adapter) -> None:
+    """From now on ``patch`` serves the instances of ``cls``, not of its subclasses, by ``adapter``.
+
+    Raises:
+        TypeError: for a ``cls`` that is no class of modules, or an adapter that is no :class:`Adapter`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter must be an instance of ldm_fused.Adapter, got {adapter!r}")
+    registered[cls] = adapter
+
+
+def imported(path: str) -> Optional[type]:
+    """The class of modules at ``path``, such as "torch.nn.modules.Linear", if its file has been imported; else None."""
+    parts = path.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        found = sys.modules.get(".".join(parts[:i]))
+        if found is not None:
+            for name in parts[i:]:
+                found = getattr(found, name, None)
+            return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+    return None

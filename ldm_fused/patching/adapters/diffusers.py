@@ -1,0 +1,187 @@
+"""Hugging Face diffusers."""
+
+import functools
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ... import pristine
+from .. import swap
+from ..adapter import Adapter
+from ..pair import Parent
+from ..resnet import resnet
+from .ldm import channels
+
+
+class Block(Adapter):
+    """What the ResNet blocks have in common."""
+
+    def sites(self, block: nn.Module) -> Sequence[str]:
+        return "norm1", "norm2"
+
+    def why_not(self, block: nn.Module) -> Optional[str]:
+        return None if type(block.nonlinearity) is nn.SiLU else f"its activation is {type(block.nonlinearity).__name__}"
+
+    def parts_of(self, block: nn.Module):
+        return dict(norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2, act1=block.nonlinearity,
+                    act2=block.nonlinearity, dropout=block.dropout, shortcut=getattr(block, "conv_shortcut", None))
+
+
+class ResnetBlock2D(Block):
+    def variant(self, block: nn.Module):
+        return (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.up, block.down,
+                block.conv_shortcut is None, block.time_emb_proj is None, type(block.upsample), type(block.downsample))
+
+    def example(self, block: nn.Module):
+        x = torch.randn(2, channels(block.norm1), 6, 4, dtype=torch.float64)
+        linear = block.time_emb_proj
+        return x, None if linear is None else torch.randn(2, linear.in_features, dtype=torch.float64)
+
+    def forward(self, block: nn.Module, input_tensor: Tensor, temb: Optional[Tensor] = None, *args: Any,
+                **kwargs: Any) -> Tensor:
+        mode = block.time_embedding_norm
+        expected = 2 if block.time_emb_proj is not None else 0
+        if args or kwargs or (0 if temb is None else temb.dim()) != expected or expected == 0 and mode == "scale_shift":
+            return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns, or raises
+        if block.time_emb_proj is not None:
+            temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
+        modulate = None
+        if mode == "scale_shift":
+            modulate = dict(zip(("scale", "shift"), temb.chunk(2, dim=1)))
+        resample = block.upsample if block.upsample is not None else block.downsample
+        parts = self.parts_of(block)
+        if block.training and parts["shortcut"] is not None:
+            input_tensor = input_tensor.contiguous()
+        return resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
+                      resample=resample, divisor=block.output_scale_factor)
+
+
+class ResnetBlockCondNorm2D(Block):
+    """Both norms take scale and shift from the embedding. Those that go by pixel, ``"spatial"``, are left."""
+
+    def why_not(self, block: nn.Module) -> Optional[str]:
+        for norm in (block.norm1, block.norm2):
+            if pristine.known_norm(type(norm)) is None:
+                return f"its norm is {type(norm).__name__}"
+            if norm.act is not None and not isinstance(norm.act, nn.Module):
+                return f"its norm's activation is {norm.act}"
+        return super().why_not(block)
+
+    def variant(self, block: nn.Module):
+        return (type(block.norm1), type(block.norm1.act), block.output_scale_factor, type(block.upsample),
+                type(block.downsample), block.conv_shortcut is None)
+
+    def example(self, block: nn.Module):
+        return (torch.randn(2, block.in_channels, 6, 4, dtype=torch.float64),
+                torch.randn(2, block.norm1.linear.in_features, dtype=torch.float64))
+
+    def forward(self, block: nn.Module, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns
+        resample = block.upsample if block.upsample is not None else block.downsample
+        return resnet(block, input_tensor, **self.parts_of(block), resample=resample, divisor=block.output_scale_factor,
+                      modulate1=_modulation(block.norm1, temb), modulate2=_modulation(block.norm2, temb))
+
+
+def _modulation(norm: nn.Module, temb: Tensor):
+    called = functools.partial(norm, emb=temb)
+    if pristine.known_norm(type(norm)) is None or pristine.why_not(norm, type(norm)) is not None:
+        return dict(called=called)  # scale and shift would be computed for nothing
+    scale, shift = norm.linear(norm.act(temb) if norm.act is not None else temb).chunk(2, dim=1)
+    return dict(scale=scale, shift=shift, called=called)
+
+
+class TemporalResnetBlock(Block):
+    """Convolutions over time, on (N, C, frames, H, W) that often is a permuted view; an embedding for each frame."""
+
+    def variant(self, block: nn.Module):
+        return block.conv_shortcut is None, block.time_emb_proj is None
+
+    def example(self, block: nn.Module):
+        x = torch.randn(2, block.in_channels, 3, 4, 2, dtype=torch.float64)
+        linear = block.time_emb_proj
+        return x, None if linear is None else torch.randn(2, 3, linear.in_features, dtype=torch.float64)
+
+    def forward(self, block: nn.Module, input_tensor: Tensor, temb: Optional[Tensor] = None) -> Tensor:
+        if block.time_emb_proj is None:
+            temb = None
+        else:
+            temb = block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)[..., None, None]
+        return resnet(block, input_tensor, **self.parts_of(block), temb=temb)
+
+
+class HunyuanVideoBlock(Block):
+    """The video autoencoder's, with causal convolutions."""
+
+    def variant(self, block: nn.Module):
+        return block.conv_shortcut is None
+
+    def example(self, block: nn.Module):
+        return (torch.randn(2, channels(block.norm1), 3, 4, 2, dtype=torch.float64),)
+
+    def forward(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
+        return resnet(block, hidden_states.contiguous(), **self.parts_of(block))
+
+
+class CogVideoXBlock(Block):
+    """Its convolutions give what they keep for the next frames; its decoder's norms go by pixel and are left."""
+
+    def why_not(self, block: nn.Module) -> Optional[str]:
+        if block.spatial_norm_dim is not None:
+            return f"its norms are {type(block.norm1).__name__}"
+        return super().why_not(block)
+
+    def variant(self, block: nn.Module):
+        return hasattr(block, "temb_proj"), block.in_channels == block.out_channels, block.use_conv_shortcut
+
+    def example(self, block: nn.Module):
+        x = torch.randn(2, block.in_channels, 3, 4, 2, dtype=torch.float64)
+        if not hasattr(block, "temb_proj"):
+            return (x,)
+        return x, torch.randn(2, block.temb_proj.in_features, dtype=torch.float64)
+
+    def forward(self, block: nn.Module, inputs: Tensor, temb: Optional[Tensor] = None, zq: Optional[Tensor] = None,
+                conv_cache: Optional[Dict[str, Tensor]] = None):
+        if zq is not None:
+            return swap.as_before(block, inputs, temb, zq, conv_cache)
+        before, after = conv_cache or {}, {}
+
+        def caching(name: str):
+            def convolve(h: Tensor) -> Tensor:
+                h, after[name] = getattr(block, name)(h, conv_cache=before.get(name))
+                return h
+            return convolve
+
+        parts = {**self.parts_of(block), "conv1": caching("conv1"), "conv2": caching("conv2")}
+        if parts["shortcut"] is not None and block.use_conv_shortcut:
+            parts["shortcut"] = caching("conv_shortcut")
+        if temb is not None:
+            temb = block.temb_proj(block.nonlinearity(temb))
+        return resnet(block, inputs, **parts, temb=temb), after
+
+
+PARENTS = {
+    "autoencoders.vae": ("Encoder", "Decoder", "MaskConditionDecoder"),
+    "autoencoders.autoencoder_kl_temporal_decoder": ("TemporalDecoder",),
+    "autoencoders.autoencoder_kl_hunyuan_video": ("HunyuanVideoEncoder3D", "HunyuanVideoDecoder3D"),
+    "autoencoders.autoencoder_kl_allegro": ("AllegroEncoder3D", "AllegroDecoder3D"),
+    "unets.unet_2d": ("UNet2DModel",),
+    "unets.unet_2d_condition": ("UNet2DConditionModel",),
+    "unets.unet_3d_condition": ("UNet3DConditionModel",),
+    "unets.unet_motion_model": ("UNetMotionModel",),
+    "unets.unet_i2vgen_xl": ("I2VGenXLUNet",),
+    "unets.unet_spatio_temporal_condition": ("UNetSpatioTemporalConditionModel",),
+}
+CLASSES = {
+    "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
+    "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
+    "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D": HunyuanVideoBlock(),
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXEncoder3D": Parent("norm_out", "conv_act"),
+    **{f"diffusers.models.{file}.{name}": Parent("conv_norm_out", "conv_act")
+       for file, names in PARENTS.items() for name in names},
+}
+# GroupNorm without weight and bias, then scale and shift, which its block computes.
+NORMS = {"diffusers.models.normalization.AdaGroupNorm": pristine.Norm()}

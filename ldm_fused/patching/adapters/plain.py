@@ -1,0 +1,97 @@
+"""PyTorch's own classes: a GroupNorm that stands alone, and a Sequential that holds one and an activation."""
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional, pristine
+from ...resnet import norm_swish
+from .. import site, swap, trial
+from ..adapter import Adapter
+
+
+class Norm(Adapter):
+    """A GroupNorm without activation. Hooks need no look: they are called around its forward, as always."""
+
+    kind = "norm"
+
+    trial_dtype = torch.float32  # that of classes that compute in it
+
+    def why_not(self, norm: nn.Module) -> Optional[str]:
+        return pristine.why_not_class(type(norm))
+
+    def sites(self, norm: nn.Module) -> Sequence[str]:
+        return ("",)
+
+    def variant(self, norm: nn.Module):
+        return norm.weight is None
+
+    def example(self, norm: nn.Module):
+        # The op is PyTorch's GroupNorm, which has its own tests; other classes are tried.
+        return None if swap.original(type(norm)) is nn.GroupNorm else (torch.randn(2, norm.num_channels, 5, 4),)
+
+    def forward(self, norm: nn.Module, input: Tensor) -> Tensor:
+        cls = swap.original(type(norm))
+        known = pristine.known_norm(cls)
+        reason = pristine.why_not_class(cls) or pristine.why_not_beside(norm, input) or known.why_not_now(norm)
+        site.sites(norm)[0].count(input, reason)
+        if reason is not None:
+            return swap.as_before(norm, input)
+        if known.keeps_dtype:
+            return functional.run(functional.checked(input, norm.num_groups, norm.weight, norm.bias, norm.eps, None,
+                                                     None, None, None, None))
+        return functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)
+
+
+class Sequential(Adapter):
+    """A Sequential in which a norm is followed by SiLU: OpenAI's ``out``, MONAI's, temporal convolutions."""
+
+    is_container = True
+
+    def pairs(self, sequential: nn.Sequential):
+        parts = list(sequential._modules.items())
+        return [a for (a, norm), (_, act) in zip(parts, parts[1:])
+                if pristine.known_norm(type(norm)) and pristine.is_activation(act)]
+
+    def why_not(self, sequential: nn.Sequential) -> Optional[str]:
+        reason = pristine.why_not_class(nn.Sequential)
+        if reason is not None:
+            return reason
+        parts = dict(sequential._modules)
+        names = list(parts)
+        for name in self.pairs(sequential):
+            norm, act = parts[name], parts[names[names.index(name) + 1]]
+            reason = pristine.why_not_class(type(norm)) or trial.why_not(norm, Norm())
+            if reason is not None:
+                return f"its {type(norm).__name__}: {reason}"
+            if not pristine.is_swish(type(act).forward.__get__(act)):
+                return f"its {type(act).__name__} is not swish"
+        return None
+
+    def sites(self, sequential: nn.Sequential) -> Sequence[str]:
+        return self.pairs(sequential)
+
+    def variant(self, sequential: nn.Sequential):
+        return None
+
+    def example(self, sequential: nn.Sequential):
+        return None  # one part after the other is all that a Sequential does
+
+    def forward(self, sequential: nn.Sequential, input: Tensor) -> Tensor:
+        sites = {s.name: s for s in site.sites(sequential)}
+        parts = list(sequential._modules.items())
+        i = 0
+        while i < len(parts):
+            name, part = parts[i]
+            if name in sites and i + 1 < len(parts):
+                into = parts[i + 2][1] if i + 2 < len(parts) else None
+                input, _ = norm_swish(part, input, act=parts[i + 1][1], into=into, count=sites[name].count)
+                i += 2
+            else:
+                input = part(input)
+                i += 1
+        return input
+
+
+CLASSES = {"torch.nn.GroupNorm": Norm(), "torch.nn.Sequential": Sequential()}

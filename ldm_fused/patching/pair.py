@@ -1,0 +1,207 @@
+"""A norm and an activation that are called one after the other in the forward of the module that has them.
+
+That forward is neither copied nor changed. The parent says, while its forward runs, that it does; then its norm
+computes the activation too, and the activation passes that very tensor on. Each of them called alone, or from
+elsewhere, computes what it always did, to the bit.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+import threading
+from types import FunctionType
+from typing import Callable, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, pristine
+from . import site, swap
+from .adapter import Adapter
+
+
+class _Frame:
+    """A parent's forward that is running."""
+
+    def __init__(self, norm: nn.Module, act: Optional[nn.Module], count: Callable, passes_on: bool,
+                 why_not: Optional[str]) -> None:
+        self.norm, self.act, self.count = norm, act, count
+        self.passes_on = passes_on  # whether the activation passes on what the norm has activated
+        self.called = False  # whether the norm's forward was
+        self.why_not = why_not  # the two are not fused
+        self.pending: Optional[Tensor] = None  # which the norm has, and the activation has not seen
+
+
+class _Here(threading.local):
+    frame: Optional[_Frame] = None  # the innermost one in this thread
+
+
+_here = _Here()
+
+
+class Norm(Adapter):
+    def sites(self, norm: nn.GroupNorm) -> Sequence[str]:
+        return ()  # counted by its parent
+
+    def forward(self, norm: nn.GroupNorm, input: Tensor) -> Tensor:
+        frame = _here.frame
+        if frame is None or frame.norm is not norm:
+            return swap.as_before(norm, input)
+        frame.called = True
+        cls = swap.original(type(norm))
+        reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
+                  or pristine.why_not_beside(norm, input) or pristine.known_norm(cls).why_not_now(norm))
+        if reason is None and frame.act is not None:
+            reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
+            reason = reason and f"its activation: {reason}"
+        frame.count(input, reason)
+        if reason is not None:
+            return swap.as_before(norm, input)
+        y = functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps,
+                                      activation="silu" if frame.passes_on else None)
+        frame.pending = y if frame.passes_on else None
+        return y
+
+
+class Act(Adapter):
+    def sites(self, act: nn.SiLU) -> Sequence[str]:
+        return ()
+
+    def forward(self, act: nn.SiLU, input: Tensor) -> Tensor:
+        return input if _seen(input) else swap.as_before(act, input)
+
+
+def _seen(x: Tensor) -> bool:
+    """Whether x is what this thread's norm has just activated."""
+    frame = _here.frame
+    if frame is None or frame.pending is None or frame.pending is not x:
+        return False
+    frame.pending = None
+    return True
+
+
+class Parent(Adapter):
+    """The module whose forward calls its ``norm`` and on the result, at once, its ``act``; both are names."""
+
+    is_container = True
+
+    def __init__(self, norm: str, act: str) -> None:
+        self.norm, self.act = norm, act
+
+    def why_not(self, parent: nn.Module) -> Optional[str]:
+        norm, act = getattr(parent, self.norm), getattr(parent, self.act)
+        if type(norm) is not nn.GroupNorm:
+            return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
+        return None if type(act) is nn.SiLU else f"{self.act} is a {type(act).__name__}, not SiLU"
+
+    def sites(self, parent: nn.Module) -> Sequence[str]:
+        return (self.norm,) if getattr(parent, self.norm, None) is not None else ()
+
+    def parts(self, parent: nn.Module):
+        return {self.norm: Norm(), self.act: Act()}
+
+    def example(self, parent: nn.Module):
+        return None  # a whole model: looked at while it runs, by what is still pending at its end
+
+    def variant(self, parent: nn.Module):
+        return None
+
+    def forward(self, parent: nn.Module, *args, **kwargs):
+        state, before = site.state(parent), _here.frame
+        _here.frame = frame = _Frame(getattr(parent, self.norm), self.activation(parent), state.sites[0].count,
+                                     self.passes_on(), state.why_not)
+        try:
+            result = self.body(parent, frame, *args, **kwargs)
+            if frame.pending is not None:  # somebody changed the class's forward, and this result is wrong
+                frame.why_not = state.why_not = f"{self.act} was not called on what {self.norm} gave"
+                frame.pending = None
+                result = self.body(parent, frame, *args, **kwargs)
+            if not frame.called and "forward" in vars(frame.norm):
+                frame.count(None, "its forward is replaced")  # before patch, and goes by the class's
+            return result
+        finally:
+            _here.frame = before
+
+    def passes_on(self) -> bool:
+        return True
+
+    def activation(self, parent: nn.Module) -> Optional[nn.Module]:
+        return getattr(parent, self.act)
+
+    def body(self, parent: nn.Module, frame: _Frame, *args, **kwargs):
+        return swap.as_before(parent, *args, **kwargs)
+
+
+class ParentOfFunction(Parent):
+    """The same where the activation is a function of the file that the parent's class is in.
+
+    The class's forward is run with that one name meaning a function that passes on what is activated already. While
+    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused. What the forward
+    does with the norm is read in its source (:func:`function_behind`), so that any class may have it.
+    """
+
+    def __init__(self, norm: str) -> None:
+        self.norm = norm
+
+    def act(self, parent: nn.Module) -> Optional[str]:
+        return function_behind(swap.original(type(parent)).forward, self.norm)
+
+    def sites(self, parent: nn.Module) -> Sequence[str]:
+        return (self.norm,)
+
+    def why_not(self, parent: nn.Module) -> Optional[str]:
+        norm, forward = getattr(parent, self.norm, None), type(parent).forward
+        if pristine.known_norm(type(norm)) is None:
+            return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
+        act = self.act(parent)
+        if act is None:
+            return f"its forward does not call a function of its file on what {self.norm} gives, and nothing else"
+        return None if pristine.is_swish(forward.__globals__[act]) else f"{act} is not swish"
+
+    def parts(self, parent: nn.Module):
+        return {self.norm: Norm()}
+
+    def passes_on(self) -> bool:
+        return not torch.compiler.is_compiling()
+
+    def activation(self, parent: nn.Module) -> Optional[nn.Module]:
+        return None
+
+    def body(self, parent: nn.Module, frame: _Frame, *args, **kwargs):
+        if not frame.passes_on:
+            return swap.as_before(parent, *args, **kwargs)
+        return _renamed(swap.original(type(parent)).forward, self.act(parent))(parent, *args, **kwargs)
+
+
+def _renamed(forward: FunctionType, name: str) -> FunctionType:
+    """``forward`` with the global ``name`` meaning a function that passes on what is activated already."""
+    act = forward.__globals__[name]
+    names = {**forward.__globals__, name: lambda x: x if _seen(x) else act(x)}
+    renamed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    renamed.__kwdefaults__ = forward.__kwdefaults__
+    return renamed
+
+
+@functools.lru_cache(maxsize=256)
+def function_behind(forward: Callable, norm: str) -> Optional[str]:
+    """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, or None.
+
+    Its source must say ``h = self.norm(...)`` and ``h = function(h)`` in one statement behind the other, and name that
+    norm nowhere else.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if sum(isinstance(node, ast.Attribute) and node.attr == norm for node in ast.walk(tree)) != 1:
+        return None
+    for node in ast.walk(tree):
+        for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            for first, second in zip(block, block[1:]) if isinstance(block, list) else ():
+                match first, second:
+                    case (ast.Assign([ast.Name(h)], ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])),
+                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], []))
+                          ) if name == norm and h == g == argument:
+                        return act if isinstance(forward.__globals__.get(act), FunctionType) else None
+    return None

@@ -1,0 +1,206 @@
+"""patch and unpatch: walk a model's modules, choose adapters, try them, swap classes, and say what was done."""
+
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+
+from torch import nn
+
+from ..modules import UnsupportedBlock
+from . import swap, trial
+from .adapter import Adapter, registered
+from .adapters import flux, known_classes, ldm
+from .site import STATE
+
+__all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
+
+
+class PatchReport:
+    """What :func:`patch` did; ``print`` it.
+
+    Attributes:
+        replaced: ``(qualified name, class, names of its norms)`` of what is served.
+        skipped: ``(qualified name, class, reason)`` of what looks like a norm or block to serve and is not.
+    """
+
+    def __init__(self) -> None:
+        self.replaced: List[Tuple[str, type, Tuple[str, ...]]] = []
+        self.skipped: List[Tuple[str, type, str]] = []
+
+    def __str__(self) -> str:
+        lines = [f"patched {_table(self.replaced, lambda sites: '')}" if self.replaced else "nothing new to patch"]
+        if self.skipped:
+            lines.append(f"skipped {_table(self.skipped, lambda reason: ': ' + reason)}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _table(rows, tell) -> str:
+    """Rows summed up by class and reason, each with the names that it is about."""
+    kinds: Dict[Tuple[str, str], List[str]] = {}
+    for name, cls, what in rows:
+        kinds.setdefault((f"{cls.__module__}.{cls.__qualname__}", tell(what)), []).append(name or "the model itself")
+    lines = [f"{len(rows)} modules"]
+    for (cls, told), names in kinds.items():
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"  {len(names):4d} {cls} ({listed}){told}")
+    return "\n".join(lines)
+
+
+def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: bool = False,
+          strict: bool = False) -> PatchReport:
+    """Serves every GroupNorm and activation in ``model`` that is known, in place, and changes nothing else.
+
+    Instances keep their submodules, Parameters, state dict and the name of their class, of which they become instances
+    of a subclass. What is looked at in each call is in :mod:`ldm_fused.pristine`: a norm or a convolution that somebody
+    hooks, wraps or moves, before or after, is called as it is. Copies and pickles of a patched model are patched.
+    To patch again what is patched changes nothing but ``recompute``.
+
+    Args:
+        model: a module, or a pipeline: an object whose ``components`` or attributes are modules.
+        blocks: ResNet blocks, and norms with an activation behind them.
+        norms: GroupNorms outside of blocks.
+        recompute: blocks keep no activated tensors for the backward pass, as ``FusedResnetBlock(recompute=True)``.
+        strict: raise, and change nothing, if anything is skipped.
+
+    Raises:
+        TypeError: if ``model`` is neither a module nor holds one.
+        UnsupportedBlock: with ``strict``, with the report as its message.
+    """
+    found, done = PatchReport(), []
+    plan = _Plan(found, {"block": blocks, "norm": norms})
+    modules = named_modules(model)
+    for name, module in modules:
+        if swap.is_swapped(module):
+            done.append(module)
+            plan.claim(module, module.__dict__[STATE].adapter)
+    for chosen in (plan.known, plan.copies, plan.norms):
+        for name, module in modules:
+            if not swap.is_swapped(module) and id(module) not in plan.seen:
+                chosen(name, module)
+    chosen = plan.tried()
+    if strict and found.skipped:
+        raise UnsupportedBlock(str(found))
+    for name, module, adapter in chosen:
+        found.replaced.append((name, type(module), tuple(adapter.sites(module))))
+        swap.swap(module, adapter, recompute)
+    for module in done:
+        module.__dict__[STATE].recompute = recompute
+    return found
+
+
+def unpatch(model: Any) -> None:
+    """Gives every instance the class back that it had; results are those of before, to the bit.
+
+    Raises:
+        RuntimeError: for a module whose class something else has changed since (``fully_shard``).
+    """
+    for _, module in named_modules(model):
+        if swap.is_swapped(module):
+            swap.swap_back(module)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether anything in ``model`` is patched."""
+    return any(swap.is_swapped(module) for _, module in named_modules(model))
+
+
+@contextmanager
+def patched(model: Any, **options: bool) -> Iterator[PatchReport]:
+    """Patched within the ``with``, by :func:`patch` with the ``options``, and unpatched behind it."""
+    found = patch(model, **options)
+    try:
+        yield found
+    finally:
+        unpatch(model)
+
+
+def named_modules(model: Any) -> List[Tuple[str, nn.Module]]:
+    """All modules of a module or a pipeline, each once, by qualified name."""
+    if isinstance(model, nn.Module):
+        roots = {"": model}
+    else:
+        parts = getattr(model, "components", None)
+        parts = parts if isinstance(parts, dict) else getattr(model, "__dict__", {})
+        roots = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        if not roots:
+            raise TypeError(f"model must be a module or a pipeline that holds modules, got {type(model).__name__}")
+    memo: Set[nn.Module] = set()
+    return [found for name, root in roots.items() for found in root.named_modules(memo, prefix=name)]
+
+
+class _Plan:
+    """What is to be swapped, chosen in three walks: known classes, private copies of known files, single norms."""
+
+    def __init__(self, found: PatchReport, kinds: Dict[str, bool]) -> None:
+        self.found, self.kinds = found, kinds
+        self.classes = {**known_classes(), **registered}
+        self.chosen: List[Tuple[str, nn.Module, Adapter]] = []
+        self.seen: Set[int] = set()  # ids of modules that are spoken for, served or left alone
+
+    def claim(self, module: nn.Module, adapter: Adapter) -> None:
+        self.seen.add(id(module))
+        for name in (*adapter.sites(module), *adapter.parts(module)):
+            path = name.split(".")
+            self.seen.update(id(module.get_submodule(".".join(path[:i]))) for i in range(1, len(path) + 1))
+
+    def leave(self, name: str, module: nn.Module, adapter: Optional[Adapter], reason: str) -> None:
+        """Skipped, with every norm in it; those in a container are the container's alone."""
+        self.found.skipped.append((name, type(module), reason))
+        self.seen.update(id(part) for part in ([module] if adapter and adapter.is_container else module.modules()))
+
+    def choose(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+        if not self.kinds[adapter.kind]:
+            if not adapter.is_container:
+                self.seen.update(id(part) for part in module.modules())
+            return
+        reason = "its forward is replaced" if adapter.method in vars(module) else adapter.why_not(module)
+        if reason is not None:
+            self.leave(name, module, adapter, reason)
+        else:
+            self.chosen.append((name, module, adapter))
+            self.claim(module, adapter)
+
+    def known(self, name: str, module: nn.Module) -> None:
+        adapter = self.classes.get(type(module))
+        if adapter is not None and adapter.kind == "block":
+            if adapter.sites(module) or not adapter.is_container:
+                self.choose(name, module, adapter)
+            return
+        for cls in type(module).__mro__[1:]:
+            adapter = self.classes.get(cls)
+            if adapter is not None and adapter.kind == "block" and not adapter.is_container:
+                self.leave(name, module, None, f"it is a subclass of {cls.__module__}.{cls.__qualname__}, which may "
+                                               "compute something else")
+                return
+
+    def copies(self, name: str, module: nn.Module) -> None:
+        adapter = ldm.private_copy(module) or flux.private_copy(module)
+        if adapter is not None:
+            self.choose(name, module, adapter)
+
+    def norms(self, name: str, module: nn.Module) -> None:
+        adapter = self.classes.get(type(module))
+        if adapter is not None and adapter.kind == "norm":
+            self.choose(name, module, adapter)
+        elif isinstance(module, nn.GroupNorm):
+            self.leave(name, module, None, "it is a subclass of GroupNorm, which may compute something else")
+
+    def tried(self) -> List[Tuple[str, nn.Module, Adapter]]:
+        """What is chosen and does what its adapter does: of each variant the smallest instance is tried."""
+        variants: Dict[Any, List[Tuple[str, nn.Module, Adapter]]] = {}
+        for row in self.chosen:
+            _, module, adapter = row
+            key = (type(module), getattr(type(module), adapter.method), adapter, adapter.variant(module))
+            variants.setdefault(key, []).append(row)
+        good = []
+        for rows in variants.values():
+            smallest = min(rows, key=lambda row: sum(p.numel() for p in row[1].parameters()))
+            reason = trial.why_not(smallest[1], smallest[2])
+            for name, module, adapter in rows:
+                if reason is None:
+                    good.append((name, module, adapter))
+                else:
+                    self.leave(name, module, adapter, reason)
+        order = {id(module): i for i, (_, module, _) in enumerate(self.chosen)}
+        return sorted(good, key=lambda row: order[id(row[1])])

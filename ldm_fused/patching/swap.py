@@ -1,0 +1,86 @@
+"""Swapping an instance's class for a subclass that serves it, and back."""
+
+import copyreg
+from typing import Any, Dict, Tuple
+
+from torch import nn
+
+from .adapter import Adapter
+from .site import STATE, State, is_disabled
+
+_subclasses: Dict[Tuple[type, Adapter], type] = {}
+
+
+def subclass(original: type, adapter: Adapter) -> type:
+    """The subclass of ``original`` in which the adapter's forward takes the place of the method it names; always the
+    same one. It goes by the original's name, so that what finds classes by name finds it, and pickles as the original.
+    """
+    found = _subclasses.get((original, adapter))
+    if found is None:
+        method = adapter.method
+        before = getattr(original, method)
+
+        def forward(self, *args, **kwargs):
+            # A class's forward that was replaced is meant to be run; an instance without state is another's, made from
+            # this one's class, as a slice of a Sequential.
+            if is_disabled() or getattr(original, method) is not before or STATE not in self.__dict__:
+                return getattr(original, method)(self, *args, **kwargs)
+            return adapter.forward(self, *args, **kwargs)
+
+        def __reduce_ex__(self, protocol):
+            make, (cls, *rest), *more = original.__reduce_ex__(self, protocol)
+            if make is not copyreg.__newobj__ or cls is not found:  # a class with ways of its own: it knows
+                return (make, (cls, *rest), *more)
+            return (_new, (original, adapter), *more)
+
+        forward.__name__, forward.__qualname__ = method, f"{original.__qualname__}.{method}"
+        forward.__doc__ = before.__doc__
+        forward.__wrapped__ = before  # signatures are asked for, by accelerate for one
+        names = {method: forward, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__,
+                 "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_ldm_fused_original": original}
+        found = _subclasses[original, adapter] = type(original)(original.__name__, (original,), names)
+    return found
+
+
+def _new(original: type, adapter: Adapter) -> nn.Module:
+    cls = subclass(original, adapter)
+    return cls.__new__(cls)
+
+
+def original(cls: type) -> type:
+    """The class that an instance of ``cls``, or of what something else has made of it since, had before it was patched;
+    the same for all others."""
+    for base in cls.__mro__:
+        if "_ldm_fused_original" in base.__dict__:
+            return base.__dict__["_ldm_fused_original"]
+    return cls
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return STATE in module.__dict__
+
+
+def swap(module: nn.Module, adapter: Adapter, recompute: bool) -> None:
+    module.__dict__[STATE] = State(adapter, module, recompute)
+    for name, part in adapter.parts(module).items():
+        child = module.get_submodule(name)
+        if not is_swapped(child):  # one that serves in two places
+            swap(child, part, recompute)
+    module.__class__ = subclass(type(module), adapter)
+
+
+def swap_back(module: nn.Module) -> None:
+    """
+    Raises:
+        RuntimeError: where something else has swapped the class since.
+    """
+    if "_ldm_fused_original" not in type(module).__dict__:
+        raise RuntimeError(f"{type(module).__name__} cannot be unpatched: its class was changed after it was patched, "
+                           "as fully_shard does")
+    module.__class__ = original(type(module))
+    del module.__dict__[STATE]
+
+
+def as_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a patched module's forward, or whichever method was taken over, computed before."""
+    return getattr(original(type(module)), module.__dict__[STATE].adapter.method)(module, *args, **kwargs)

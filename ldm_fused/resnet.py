@@ -1,0 +1,211 @@
+"""What all ResNet blocks have in common: norm, swish, convolution, norm, swish, dropout, convolution, plus a shortcut.
+
+Each part is bypassed only while it is pristine (:mod:`ldm_fused.pristine`), which is looked at in every call, and called
+as it is otherwise.
+"""
+
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import functional, ops, pristine, reference
+
+Count = Callable[[Tensor, Optional[str]], None]  # of a norm's input, and the reason why the norm was called, or None
+
+
+def not_counted(x: Tensor, reason: Optional[str]) -> None:
+    """Where nobody asks."""
+
+
+def resnet(
+    x: Tensor,
+    *,
+    norm1: nn.Module,
+    conv1: nn.Module,
+    norm2: nn.Module,
+    conv2: nn.Module,
+    act1: Optional[nn.Module] = None,
+    act2: Optional[nn.Module] = None,
+    dropout: Optional[Callable[[Tensor], Tensor]] = None,
+    shortcut: Optional[nn.Module] = None,
+    resample: Optional[Callable[[Tensor], Tensor]] = None,
+    resample_x: Optional[Callable[[Tensor], Tensor]] = None,
+    temb: Optional[Tensor] = None,
+    cast_temb: bool = False,
+    modulate1: Optional[Dict[str, Any]] = None,
+    modulate2: Optional[Dict[str, Any]] = None,
+    divisor: float = 1.0,
+    recompute: bool = False,
+    counts: Tuple[Count, Count] = (not_counted, not_counted),
+) -> Tensor:
+    """``(shortcut(x) + conv2(dropout(act2(norm2(conv1(act1(norm1(x))) + temb))))) / divisor``.
+
+    ``act1`` and ``act2`` are the modules of the activations, None where the class computes swish itself. ``resample``
+    stands between the first activation and conv1, and on x where ``resample_x`` does not. ``temb`` is (N, C), or of any
+    shape that broadcasts against conv1's output, and with ``cast_temb`` cast to its dtype. ``modulate1`` and
+    ``modulate2`` are ``scale``, ``shift`` and ``called`` of :func:`norm_swish`, for either norm. ``recompute``: keep for
+    the backward pass only x and conv1's output, and compute the activated tensors again. ``counts`` are told of each
+    norm, as ``count`` of :func:`norm_swish`.
+    """
+    # A bias is left to the op that reads a convolution's output only where nothing comes between.
+    per_sample = temb is None or temb.dim() == 2
+    bias1 = bias_left(conv1, x) if per_sample else None
+    bias2 = bias_left(conv2, x)
+
+    def first_half(x: Tensor) -> Tuple[Tensor, Tensor]:
+        h, x = norm_swish(norm1, x, act=act1, into=None if resample else conv1, shortcut=True, count=counts[0],
+                          **modulate1 or {})
+        if resample is not None:
+            h, x = resample(h), (resample_x or resample)(x)
+        return convolution(conv1, h, bias1), x
+
+    def second_half(h: Tensor) -> Tensor:
+        pre_bias = temb.to(h.dtype) if cast_temb and temb is not None else temb
+        if not per_sample:
+            h, pre_bias = h + pre_bias, None
+        p = probability_of(dropout)
+        h, _ = norm_swish(norm2, h, pre_bias=pre_bias, conv_bias=bias1, act=act2, into=None if p is None else conv2,
+                          dropout_p=p or 0.0, count=counts[1], **modulate2 or {})
+        return convolution(conv2, dropout(h) if p is None else h, bias2)
+
+    if recompute and _may_recompute():
+        # The recomputation stops at what the convolution saves, its input: convolutions run once.
+        h, x = checkpoint(first_half, x, use_reentrant=False)
+        h = checkpoint(second_half, h, use_reentrant=False)
+    else:
+        h, x = first_half(x)
+        h = second_half(h)
+    shortcut_bias = None
+    if shortcut is not None:
+        shortcut_bias = bias_left(shortcut, x)
+        x = convolution(shortcut, x, shortcut_bias)
+    if x.dtype != h.dtype or x.shape != h.shape or bias2 is None and shortcut_bias is None and divisor == 1.0:
+        y = with_bias(x, shortcut_bias) + with_bias(h, bias2)
+        return y if divisor == 1.0 else y / divisor
+    return functional.bias_add_residual(x, h, shortcut_bias, bias2, 1.0 / divisor)  # the result's layout is x's
+
+
+def _may_recompute() -> bool:
+    return torch.is_grad_enabled() and not (ops.in_transform() or torch.compiler.is_exporting())
+
+
+def bias_left(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
+    """The bias that :func:`convolution` leaves to the op that reads its output; None where the convolution adds it.
+
+    On CUDA PyTorch adds a convolution's bias in a kernel of its own, which reads and writes the whole tensor; on a CPU
+    the convolution adds it on the way.
+    """
+    if not _has_separate_bias(x) or ops.in_transform() or not _is_plain_convolution(conv, x.device):
+        return None
+    bias, out_dtype = conv.bias, conv.weight.dtype
+    if functional.is_autocast(x) and out_dtype != torch.float64:
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+    return bias if bias is not None and functional.takes_beside(bias.dtype, out_dtype) else None
+
+
+def _is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> bool:
+    return type(conv) in pristine.CONVOLUTIONS and pristine.why_not(conv, type(conv), device) is None
+
+
+def _has_separate_bias(x: Tensor) -> bool:
+    return x.is_cuda and ops.HAS_CUDA
+
+
+def convolution(conv: nn.Module, x: Tensor, left: Optional[Tensor]) -> Tensor:
+    """``conv(x)``, without the bias if that was ``left``."""
+    return conv(x) if left is None else conv._conv_forward(x, conv.weight, None)
+
+
+def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
+    """A convolution's output with the bias that was ``left``, as the convolution would have given it."""
+    return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
+
+
+def probability_of(dropout: Optional[nn.Module]) -> Optional[float]:
+    """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
+    if dropout is None:
+        return 0.0
+    if not isinstance(dropout, nn.Module) or pristine.why_not(dropout, nn.Dropout) is not None:
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def norm_swish(
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    pre_bias: Optional[Tensor] = None,
+    conv_bias: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+    act: Optional[nn.Module] = None,
+    called: Optional[Callable[[Tensor], Tensor]] = None,
+    into: Optional[nn.Module] = None,
+    shortcut: bool = False,
+    dropout_p: float = 0.0,
+    count: Count = not_counted,
+) -> Tuple[Tensor, Tensor]:
+    """``dropout(swish(norm(x + conv_bias + pre_bias) * (1 + scale) + shift))``, in one op if ``norm`` is pristine, else
+    by calling it; and x, which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in
+    norm's backward pass, and there is no dropout.
+
+    ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out, ``scale`` and ``shift`` (N, C).
+    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale`` and
+    ``shift`` itself. ``into`` is the convolution that takes the result: under
+    autocast the op stores right in the dtype that a plain convolution would cast it to. ``count`` is told of x, and the
+    reason why the norm was called, or None.
+    """
+    odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
+    if odd or _why_not_norm_swish(norm, x, scale, shift, act) is not None:
+        x, conv_bias = with_bias(x, conv_bias), None
+        if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
+            x, pre_bias = x + reference.per_channel(pre_bias, x), None
+    reason = _why_not_norm_swish(norm, x, scale, shift, act)
+    count(x, reason)
+    if reason is not None:
+        h = norm(x) if called is None else called(x)
+        if scale is not None and called is None:
+            h = h * (1 + reference.per_channel(scale, h))
+        if shift is not None and called is None:
+            h = h + reference.per_channel(shift, h)
+        h = (reference.swish if act is None else act)(h)
+        return (F.dropout(h, dropout_p) if dropout_p else h), x
+    if conv_bias is not None:
+        pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    dtype = _autocast_dtype_of_convolution(x, into)
+    shortcut = shortcut and torch.is_grad_enabled()
+    keeps_dtype = pristine.known_norm(type(norm)).keeps_dtype
+    if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
+        return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
+                                         shift=shift, dropout_p=dropout_p), x
+    arguments = functional.checked(x, norm.num_groups, weight, bias, norm.eps, "silu", pre_bias, scale, shift, dtype)
+    if shortcut:
+        return functional.run_and_shortcut(arguments)
+    return functional.run_with_dropout(arguments, dropout_p), x
+
+
+def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
+    reason = pristine.why_not_norm(norm, x)
+    if reason is not None:
+        return reason
+    if act is not None:
+        reason = pristine.why_not_activation(act)
+        if reason is not None:
+            return f"its activation: {reason}"
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t is not None and (t.shape != x.shape[:2] or t.dtype not in (x.dtype, torch.float32)):
+            return f"its {name} is {t.dtype} {list(t.shape)} and the input {x.dtype} {list(x.shape)}"
+    return None
+
+
+def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
+    """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
+    device_type = x.device.type
+    if not functional.is_autocast(x) or not _is_plain_convolution(conv):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return dtype if dtype == x.dtype or x.dtype == torch.float32 else None

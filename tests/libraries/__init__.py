@@ -1,0 +1,32 @@
+"""Minimal classes of the public structure of diffusion libraries that are not on the package index.
+
+Their files are loaded under the names that the libraries' own have, which is what adapters go by.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+FILES = {
+    "ldm.modules.diffusionmodules.model": "ldm_model.py",
+    "ldm.modules.diffusionmodules.util": "openai_nn.py",
+    "ldm.modules.diffusionmodules.openaimodel": "openai_unet.py",
+    "guided_diffusion.nn": "openai_nn.py",
+    "guided_diffusion.unet": "openai_unet.py",
+    "training.networks": "edm_networks.py",
+    "flux.modules.autoencoder": "flux_autoencoder.py",
+    "comfy.ops": "comfy_ops.py",
+    "comfy.ldm.modules.diffusionmodules.model": "comfy_model.py",
+    "somebodys.copy": "ldm_model.py",  # a private copy of the LDM model file
+    "somebodys.flux": "flux_autoencoder.py",
+}
+
+
+def load(name, monkeypatch):
+    """The file of that name, imported for as long as the test runs."""
+    file = Path(__file__).parent / FILES[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
