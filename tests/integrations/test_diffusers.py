@@ -263,7 +263,8 @@ def spatio_temporal():
     """Stable Video Diffusion's."""
     return UNetSpatioTemporalConditionModel(
         **SMALL, in_channels=4, num_attention_heads=2, addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24, down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        projection_class_embeddings_input_dim=24,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"))
 
 
