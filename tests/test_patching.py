@@ -7,6 +7,7 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import threading
 import types
 import weakref
@@ -231,6 +232,18 @@ class Both(nn.Module):
 
     def forward(self, x):
         return self.act(self.norm(x)) + 1
+
+
+def test_no_library_is_imported(monkeypatch):
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} was asked for")
+
+    for name in ("diffusers", "diffusers.models", "monai", "ldm", "flux", "comfy", "training"):
+        monkeypatch.setitem(sys.modules, name, Lazy(name))
+    before = set(sys.modules)
+    assert len(ldm_fused.patch(Model()).replaced) == 4
+    assert set(sys.modules) == before
 
 
 def test_pipelines():

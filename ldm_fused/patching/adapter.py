@@ -1,6 +1,7 @@
 """What an adapter is: how instances of one class are served. And which class has which."""
 
 import sys
+from types import ModuleType
 from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
 
 import torch
@@ -102,7 +103,7 @@ def imported(path: str) -> Optional[type]:
     for i in range(len(parts) - 1, 0, -1):
         found = sys.modules.get(".".join(parts[:i]))
         if found is not None:
-            for name in parts[i:]:
-                found = getattr(found, name, None)
+            for name in parts[i:]:  # not getattr of a module, by which lazy ones import what was not asked for
+                found = vars(found).get(name) if isinstance(found, ModuleType) else getattr(found, name, None)
             return found if isinstance(found, type) and issubclass(found, nn.Module) else None
     return None

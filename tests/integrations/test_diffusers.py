@@ -3,7 +3,8 @@
 import pytest
 import torch
 from diffusers import (AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, DDPMPipeline, DDPMScheduler,
-                       UNet2DConditionModel, UNet2DModel)
+                       UNet2DConditionModel, UNet2DModel, UNet3DConditionModel, UNetMotionModel,
+                       UNetSpatioTemporalConditionModel)
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoResnetBlockCausal3D
 from diffusers.models.resnet import (ResnetBlock2D, ResnetBlockCondNorm2D, SpatioTemporalResBlock, TemporalConvLayer,
@@ -29,9 +30,6 @@ def unet(**options):
 
 def reconstruct(model, x):
     return model(x).sample
-
-
-PICTURE = [(1, 3, 32, 32)]
 
 
 def unet_inputs():
@@ -246,3 +244,46 @@ def test_save_pretrained_and_a_pipeline(tmp_path):
     assert type(loaded.unet) is UNet2DModel and torch.equal(loaded.unet(*arguments).sample, before)
     ldm_fused.patch(loaded)
     assert torch.equal(loaded.unet(*arguments).sample, after)
+
+
+# ---- Models of videos --------------------------------------------------------------------------------------------
+
+
+SMALL = dict(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, sample_size=8)
+
+
+def motion():
+    """AnimateDiff's."""
+    return UNetMotionModel(**SMALL, norm_num_groups=8, motion_num_attention_heads=2,
+                           num_attention_heads=2, down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+                           up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"))
+
+
+def spatio_temporal():
+    """Stable Video Diffusion's."""
+    return UNetSpatioTemporalConditionModel(
+        **SMALL, in_channels=4, num_attention_heads=2, addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"))
+
+
+def in_3d():
+    """ModelScope's."""
+    return UNet3DConditionModel(**SMALL, norm_num_groups=8, attention_head_dim=8,
+                                down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+                                up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"))
+
+
+@pytest.mark.parametrize("make", [motion, spatio_temporal, in_3d], ids=lambda f: f.__name__)
+def test_unets_for_videos(make):
+    if make is spatio_temporal:
+        inputs = [torch.randn(1, 3, 4, 8, 8), torch.tensor([500]), torch.randn(1, 1, 16)]
+
+        def call(model, x, t, context):
+            return model(x, t, context, added_time_ids=torch.ones(1, 3, dtype=x.dtype)).sample
+    else:
+        texts = 3 if make is motion else 1  # one for each frame
+        inputs, call = [torch.randn(1, 4, 3, 8, 8), torch.tensor([500]), torch.randn(texts, 7, 16)], reconstruct_unet
+    patched, run = check(make(), call, inputs, fused=20)
+    assert not patched.skipped and run.share == 1 and "conv_norm_out" in [site.name for site in run.sites]
