@@ -283,6 +283,24 @@ def test_recompute_keeps_two_tensors_a_block():
     assert [kept(False), kept(True)] == [4, 2]
 
 
+def test_what_a_backward_pass_computes_again_is_counted_once():
+    block = reference.ResnetBlock(in_channels=32, dropout=0.0)
+    ldm_fused.patch(block, recompute=True)
+    block(torch.randn(2, 32, 8, 6, requires_grad=True)).sum().backward()
+    assert [s.calls for s in ldm_fused.report(block).sites] == [1, 1]
+
+
+def test_dropout_goes_into_the_second_norm(monkeypatch):
+    block, calls, run = reference.ResnetBlock(in_channels=32, dropout=0.4), [], functional.run
+    ldm_fused.patch(block)
+    monkeypatch.setattr(functional, "run", lambda a: calls.append(a) or run(a))
+    x = torch.randn(2, 32, 8, 6)
+    first, second = block(x), block(x)
+    assert not torch.equal(first, second) and [a.dropout_p for a in calls] == [0.0, 0.4] * 2
+    block.eval()
+    assert torch.equal(block(x), block(x)) and calls[-1].dropout_seed is None
+
+
 def test_patching_again_changes_recompute():
     model = Model()
     ldm_fused.patch(model)

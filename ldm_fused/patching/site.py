@@ -35,6 +35,11 @@ def is_disabled() -> bool:
     return _disabled > 0
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass is running: what is called in it computes again what was counted."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Site:
     """One norm at run time: calls and bytes of its input, fused (under None) and by reason where not."""
 
@@ -46,7 +51,7 @@ class Site:
     def count(self, x: Optional[Tensor], reason: Optional[str]) -> None:
         """Counts in eager mode only: in a compiled graph a counter would be a guard, and each call compile anew. x is
         None where it was not seen."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_backward():
             return
         self.calls[reason] = self.calls.get(reason, 0) + 1
         self.bytes[reason] = self.bytes.get(reason, 0) + (0 if x is None else x.numel() * x.element_size())
