@@ -699,9 +699,10 @@ def test_register_block_refuses_what_is_none(registered):
 LDM = {"identity": dict(), "1x1 shortcut": dict(out_channels=64),
        "3x3 shortcut": dict(out_channels=64, conv_shortcut=True),
        "time embedding": dict(out_channels=64, temb_channels=24)}
+LDM_FILES = ["ldm.modules.diffusionmodules.model", "sgm.modules.diffusionmodules.model", "somebodys.copy"]
 
 
-@pytest.mark.parametrize("file", ["ldm.modules.diffusionmodules.model", "somebodys.copy"])
+@pytest.mark.parametrize("file", LDM_FILES)
 @pytest.mark.parametrize("name", LDM)
 def test_ldm_block(file, name, load, biases):
     block = load(file).ResnetBlock(in_channels=32, dropout=0.1, **{"temb_channels": 0, **LDM[name]}).double()
@@ -710,7 +711,7 @@ def test_ldm_block(file, name, load, biases):
     assert patched.replaced[0][2] == ("norm1", "norm2") and run.share == 1
 
 
-@pytest.mark.parametrize("file", ["ldm.modules.diffusionmodules.model", "somebodys.copy"])
+@pytest.mark.parametrize("file", LDM_FILES)
 def test_ldm_decoder(file, load):
     patched, run = check(load(file).Decoder().double(), (random(2, 4, 8, 6),))
     assert not patched.skipped and run.share == 1
@@ -833,9 +834,10 @@ OPENAI = {"default": dict(), "scale-shift norm": dict(use_scale_shift_norm=True,
 
 
 @pytest.mark.parametrize("name", OPENAI)
-@pytest.mark.parametrize("file", ["guided_diffusion.unet", "ldm.modules.diffusionmodules.openaimodel"])
+@pytest.mark.parametrize("file", ["guided_diffusion.unet", "improved_diffusion.unet",
+                                  "ldm.modules.diffusionmodules.openaimodel", "sgm.modules.diffusionmodules.openaimodel"])
 def test_openai_unet(file, name, load, biases):
-    load({"guided_diffusion.unet": "guided_diffusion.nn"}.get(file, "ldm.modules.diffusionmodules.util"))
+    load(file.replace(".unet", ".nn").replace(".openaimodel", ".util"))
     model = load(file).UNet(**OPENAI[name])
     patched, run = check(model, (random(2, 32, 8, 6, dtype=torch.float32), random(2, 24, dtype=torch.float32)),
                          tolerance=2e-4)

@@ -5,8 +5,7 @@ import importlib
 import torch.nn.functional as F
 from torch import nn
 
-_nn = importlib.import_module({"guided_diffusion.unet": "guided_diffusion.nn"}.get(
-    __name__, "ldm.modules.diffusionmodules.util"))
+_nn = importlib.import_module(__name__.replace(".unet", ".nn").replace(".openaimodel", ".util"))
 
 
 class Resample(nn.Module):
