@@ -6,11 +6,14 @@ tests/integrations has the same for the real libraries.
 import copy
 import gc
 import inspect
+import os
 import pickle
+import subprocess
 import sys
 import threading
 import types
 import weakref
+from pathlib import Path
 
 import libraries
 import pytest
@@ -495,6 +498,16 @@ def test_disabled_nests_and_survives_exceptions():
     assert ldm_fused.report(model).fused == 0
     model(*arguments)
     assert ldm_fused.report(model).fused == 6
+
+
+@pytest.mark.parametrize("value,fused", [("1", 0), ("0", 2), ("", 2)])
+def test_the_environment_variable_disables_from_the_start(value, fused):
+    program = ("import torch, ldm_fused; block = ldm_fused.reference.ResnetBlock(in_channels=32, dropout=0.0); "
+               "ldm_fused.patch(block); block(torch.randn(1, 32, 4, 4)); print(ldm_fused.report(block).fused)")
+    path = os.pathsep.join([str(Path(ldm_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         env={**os.environ, "LDM_FUSED_DISABLE": value, "PYTHONPATH": path})
+    assert run.stdout == f"{fused}\n", run.stderr
 
 
 def test_report_counts_bytes_and_prints_a_table():
