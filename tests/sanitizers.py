@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
-    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1 "
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1 "
     "-fno-wrapv"  # many a Python hands its -fwrapv on to extensions: then overflow is defined, and passes
 )
 # The files of a run, and which of their tests: not what needs 14 GiB, nor what looks at the machine code, which is
