@@ -940,6 +940,23 @@ class Relu(TwoNorms):
         return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
 
 
+@pytest.mark.parametrize("make", [
+    lambda load: FusedResnetBlock(in_channels=32, dropout=0.0), lambda load: compat.ResnetBlock(in_channels=32, dropout=0.0),
+    *(lambda load, file=file: load(file).ResnetBlock(in_channels=32, dropout=0.0, temb_channels=0) for file in LDM_FILES),
+    *(lambda load, file=file: load(file).ResnetBlock(32, 32) for file in ("flux.modules.autoencoder", "somebodys.flux")),
+], ids=["fused", "compat", *LDM_FILES, "flux", "somebodys.flux"])
+def test_a_hooked_norm_of_any_block_falls_back(make, load):
+    block, x = randomize(make(load)).double(), torch.randn(2, 32, 6, 5, dtype=torch.float64)
+    arguments = (x, None) if "temb" in inspect.signature(block.forward).parameters else (x,)
+    assert ldm_fused.patch(block).replaced
+    block.norm2.register_forward_hook(lambda module, args, output: 2 * output)
+    with ldm_fused.disabled():
+        expected = block(*arguments)
+    assert_close([block(*arguments)], [expected])
+    first, second = ldm_fused.report(block).sites
+    assert (first.calls, first.fallbacks) == (1, {}) and (second.calls, second.fallbacks) == (0, {"it has hooks": 1})
+
+
 def test_other_blocks_of_the_same_parts_are_left():
     found = ldm_fused.patch(nn.ModuleList([TwoNorms(), Relu()]))
     assert [name for name, _, _ in found.replaced] == ["0"]
