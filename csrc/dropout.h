@@ -2,8 +2,8 @@
 // computed where it is wanted, forward and again backward, and never stored. The same on CPU and CUDA.
 //
 // The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by the
-// seed. Counter i gives 128 bits, 16 for each of the elements 8 i to 8 i + 7: with 32 the kernels would be bound by the
-// generator's multiplications, and a probability is met to 2^-17.
+// seed. Counter i gives 128 bits, 16 for each of the elements 8 i to 8 i + 7, which meet a probability to 2^-17. 32
+// would take twice the multiplications, an estimate of which speaks against them (benchmarks/NOTES.md).
 #pragma once
 
 #include "dtypes.h"

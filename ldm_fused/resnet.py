@@ -1,7 +1,7 @@
 """What all ResNet blocks have in common: norm, swish, convolution, norm, swish, dropout, convolution, plus a shortcut.
 
-Each part is bypassed only while it is pristine (:mod:`ldm_fused.pristine`), which is looked at in every call, and called
-as it is otherwise.
+Each part is bypassed only while it is pristine (:mod:`ldm_fused.pristine`), which is looked at in every call, and
+called as it is otherwise.
 """
 
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -46,9 +46,9 @@ def resnet(
     ``act1`` and ``act2`` are the modules of the activations, None where the class computes swish itself. ``resample``
     stands between the first activation and conv1, and on x where ``resample_x`` does not. ``temb`` is (N, C), or of any
     shape that broadcasts against conv1's output, and with ``cast_temb`` cast to its dtype. ``modulate1`` and
-    ``modulate2`` are ``scale``, ``shift`` and ``called`` of :func:`norm_swish`, for either norm. ``recompute``: keep for
-    the backward pass only x and conv1's output, and compute the activated tensors again. ``counts`` are told of each
-    norm, as ``count`` of :func:`norm_swish`.
+    ``modulate2`` are ``scale``, ``shift`` and ``called`` of :func:`norm_swish`, for either norm. ``recompute``: keep
+    for the backward pass only x and conv1's output, and compute the activated tensors again. ``counts`` are told of
+    each norm, as ``count`` of :func:`norm_swish`.
     """
     # A bias is left to the op that reads a convolution's output only where nothing comes between.
     per_sample = temb is None or temb.dim() == 2
@@ -124,7 +124,7 @@ def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
     return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
 
 
-def probability_of(dropout: Optional[nn.Module]) -> Optional[float]:
+def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[float]:
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
         return 0.0
@@ -153,10 +153,10 @@ def norm_swish(
     norm's backward pass, and there is no dropout.
 
     ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out, ``scale`` and ``shift`` (N, C).
-    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale`` and
-    ``shift`` itself. ``into`` is the convolution that takes the result: under
-    autocast the op stores right in the dtype that a plain convolution would cast it to. ``count`` is told of x, and the
-    reason why the norm was called, or None.
+    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale``
+    and ``shift`` itself. ``into`` is the convolution that takes the result: under autocast the op stores right in the
+    dtype that a plain convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or
+    None.
     """
     odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
     if odd or _why_not_norm_swish(norm, x, scale, shift, act) is not None:

@@ -1,12 +1,15 @@
-"""The devices that tests run on: the CPU, CUDA where there is one, and for the kernels the emulator."""
+"""The devices that tests run on: the CPU, CUDA where there is one, and for the kernels the emulator; fixtures of patch."""
 
 from types import SimpleNamespace
 
 import emulated
+import libraries
 import pytest
 import torch
 
 import ldm_fused
+from ldm_fused import resnet
+from ldm_fused.patching import adapter
 
 collect_ignore = ["integrations"]  # `make test-integrations` has the libraries that they need
 
@@ -44,3 +47,37 @@ def kernels(request):
 @pytest.fixture(autouse=True)
 def fresh_random_state():
     torch.manual_seed(1234)
+
+
+# ---- Of patch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors are small here, and kernels have their own tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    return lambda name: libraries.load(name, monkeypatch)
+
+
+@pytest.fixture(params=["added", "left"])
+def biases(request, monkeypatch):
+    """"left" to the fused ops, as on CUDA, or added by the convolutions, as on a CPU."""
+    if request.param == "left":
+        monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
+    return request.param
+
+
+@pytest.fixture
+def registered():
+    """register_block for as long as the test runs."""
+    before = dict(adapter.registered)
+    yield ldm_fused.register_block
+    adapter.registered.clear()
+    adapter.registered.update(before)

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import pickle
-import threading
 from types import SimpleNamespace
 
 import conftest
@@ -14,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, ops, reference, resnet
+from ldm_fused import FusedResnetBlock, functional, ops, reference, resnet
 from ldm_fused.compat import ldm
 
 
@@ -295,6 +294,14 @@ def test_func_grad_of_a_recomputing_block():
     torch.testing.assert_close(found, torch.autograd.grad(fused(x).square().sum(), x)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_trace_keeps_gradients():
+    block = FusedResnetBlock(in_channels=32, dropout=0.0)
+    x = torch.randn(2, 32, 5, 5)
+    traced = torch.jit.trace(block, (x,))
+    found, expected = (torch.autograd.grad(b(x).square().sum(), list(block.parameters())) for b in (traced, block))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- Drop-in -----------------------------------------------------------------------------------------------------
 
 
@@ -486,162 +493,3 @@ def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apa
     _, fused = pair(**CONFIGURATIONS["1x1 shortcut"])
     fused(torch.randn(2, 32, 5, 5))
     assert [biases for _, _, *biases, _ in calls] == ([[fused.nin_shortcut.bias, fused.conv2.bias]] if left else [])
-
-
-# ---- from_module -------------------------------------------------------------------------------------------------
-
-
-class PrivateCopy(nn.Module):
-    """The block as many repositories carry it: another class, the same parts."""
-
-    def __init__(self, in_channels=32, out_channels=32):
-        super().__init__()
-        for name, module in reference.ResnetBlock(in_channels=in_channels, out_channels=out_channels,
-                                                  dropout=0.1).named_children():
-            self.add_module(name, module)
-
-    def forward(self, x, temb):
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(nn.functional.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class Preactivated(PrivateCopy):
-    def forward(self, x, temb=None):
-        return super().forward(nn.functional.relu(x), temb)
-
-
-class Scaled(PrivateCopy):
-    def forward(self, x, temb=None):
-        return super().forward(x, temb) / 2**0.5
-
-
-class WrongGradient(PrivateCopy):
-    def forward(self, x, temb=None):
-        return super().forward(x, temb).detach() + (x - x.detach())
-
-
-class DropoutLast(PrivateCopy):
-    def forward(self, x, temb=None):
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
-        return x + self.dropout(self.conv2(nn.functional.silu(self.norm2(h))))
-
-
-class AlwaysDropout(PrivateCopy):
-    def forward(self, x, temb=None):
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
-        return x + self.conv2(nn.functional.dropout(nn.functional.silu(self.norm2(h)), self.dropout.p))
-
-
-class Subclass(FusedResnetBlock):
-    def __init__(self):
-        super().__init__(in_channels=32, dropout=0.0)
-
-    def forward(self, x, temb=None):
-        return super().forward(x, temb) * 2
-
-
-class Failing(PrivateCopy):
-    def forward(self, x):
-        raise KeyError("no such thing")
-
-
-class WithBatchNorm(PrivateCopy):
-    def __init__(self):
-        super().__init__()
-        self.norm3 = nn.BatchNorm2d(32)
-
-
-class WithScale(PrivateCopy):
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-
-
-def uncopyable(block):
-    block.lock = threading.Lock()
-    return block
-
-
-@pytest.mark.parametrize("make", [
-    lambda: reference.ResnetBlock(in_channels=32, dropout=0.1, temb_channels=8),
-    lambda: FusedResnetBlock(in_channels=32, dropout=0.1),
-    lambda: ldm.ResnetBlock(in_channels=32, out_channels=64, dropout=0.1),
-    lambda: PrivateCopy(),
-    lambda: PrivateCopy(32, 64).eval(),
-    lambda: uncopyable(PrivateCopy()),
-], ids=["reference", "fused", "compat", "private copy", "private copy with shortcut", "uncopyable"])
-def test_from_module_shares_parameters(make):
-    block = make()
-    state = torch.get_rng_state()
-    fused = FusedResnetBlock.from_module(block)
-    assert torch.equal(state, torch.get_rng_state())
-    assert [id(p) for p in fused.parameters()] == [id(p) for p in block.parameters()]
-    assert list(fused.state_dict()) == list(block.state_dict()) and fused.training == block.training
-    fused.eval()
-    x = torch.randn(2, 32, 5, 5)
-    torch.testing.assert_close(fused(x), block(x, None), rtol=1e-4, atol=1e-5)
-
-
-def hooked(block):
-    block.register_forward_hook(lambda module, args, output: output * 2)
-    return block
-
-
-def strided(block):
-    block.conv1 = nn.Conv2d(32, 32, 3, stride=2, padding=1)
-    return block
-
-
-def without_dropout(block):
-    del block.dropout
-    return block
-
-
-@pytest.mark.parametrize("make,reason", [
-    (Preactivated, "computed another output"),
-    (Scaled, "computed another output"),
-    (WrongGradient, "computed another gradient|a trial failed"),
-    (DropoutLast, "in training its forward computed another output"),
-    (AlwaysDropout, "its forward computed another output"),
-    (Subclass, "computed another output"),
-    (lambda: hooked(reference.ResnetBlock(in_channels=32, dropout=0.0)), "it has hooks"),
-    (Failing, "a trial failed with KeyError"),
-    (WithBatchNorm, "another submodule, norm3"),
-    (WithScale, "parameters or buffers of its own"),
-    (lambda: strided(PrivateCopy()), "conv1 is Conv2d"),
-    (lambda: without_dropout(PrivateCopy()), "it has no dropout"),
-    (lambda: nn.Linear(2, 2), "it has no norm1"),
-], ids=["preactivated", "scaled", "wrong gradient", "dropout last", "always dropout", "subclass",
-        "hooked", "failing", "batch norm", "own parameter", "strided",
-        "no dropout", "linear"])
-def test_from_module_refuses_what_it_cannot_stand_in_for(make, reason):
-    with pytest.raises(UnsupportedBlock, match=reason):
-        FusedResnetBlock.from_module(make())
-
-
-def test_from_module_of_a_wrapped_convolution_and_a_shared_and_wrapped_norm():
-    block = reference.ResnetBlock(in_channels=32, dropout=0.0)
-    block.conv1, block.norm2 = nn.Sequential(block.conv1), nn.Sequential(block.norm1)
-    x = torch.randn(2, 32, 5, 5)
-    torch.testing.assert_close(FusedResnetBlock.from_module(block)(x), block(x), rtol=1e-4, atol=1e-5)
-
-
-def test_from_module_wherever_it_is_called():
-    for context in (torch.inference_mode(), torch.no_grad(), torch.device("meta"), torch.autocast("cpu")):
-        block = PrivateCopy()
-        with context:
-            FusedResnetBlock.from_module(block)
-
-
-def test_trace_keeps_gradients():
-    block = FusedResnetBlock(in_channels=32, dropout=0.0)
-    x = torch.randn(2, 32, 5, 5)
-    traced = torch.jit.trace(block, (x,))
-    found, expected = (torch.autograd.grad(b(x).square().sum(), list(block.parameters())) for b in (traced, block))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_from_module_of_a_block_on_meta():
-    fused = FusedResnetBlock.from_module(PrivateCopy().to("meta"))
-    assert fused.conv1.weight.is_meta
