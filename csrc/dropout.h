@@ -14,10 +14,18 @@ struct Dropout {
   const int64_t* seed;  // one element, where the kernels run; null: no dropout
   uint32_t keep_below;  // an element whose 16 bits are below is kept
   double scale;         // and multiplied by this, the others by 0: NaN stays NaN
+  float scale_single;   // the same for arithmetic in float: a kernel does not convert it for every vector
+
+  template <class A>
+  LDM_FUSED_HD A scale_as() const {
+    if constexpr (sizeof(A) == 8) return scale;
+    return scale_single;
+  }
 };
 
 inline Dropout dropout_of(const int64_t* seed, double p) {
-  return {seed, uint32_t((1 - p) * 65536 + 0.5), 1 / (1 - p)};
+  const double scale = 1 / (1 - p);
+  return {seed, uint32_t((1 - p) * 65536 + 0.5), scale, float(scale)};
 }
 
 constexpr int kPhiloxRounds = 10, kElementsPerCounter = 8;

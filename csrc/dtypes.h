@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -103,6 +104,37 @@ LDM_FUSED_HD Half narrow<Half>(float value) {
     return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)))};
   }
   return {uint16_t(sign | (magnitude - (112u << 23) + 0x0fffu + (magnitude >> 13 & 1u)) >> 13)};
+#endif
+}
+
+// The two numbers of a word, the first one in its lower half.
+template <class T>
+LDM_FUSED_HD void widen_pair(uint32_t word, float& first, float& second) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    first = float_of(word << 16);
+    second = float_of(word & 0xffff0000u);
+    return;
+  }
+#endif
+  first = widen(T{uint16_t(word)});
+  second = widen(T{uint16_t(word >> 16)});
+}
+
+template <class T>
+LDM_FUSED_HD uint32_t narrow_pair(float first, float second) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&word, &pair, sizeof word);
+  } else {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&word, &pair, sizeof word);
+  }
+  return word;
+#else
+  return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
 #endif
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cuda/params.h"
+#include "cuda/ptx.cuh"
 #include "problem.h"
 
 // Where each block keeps a T of its own; the emulator has another way.
@@ -31,17 +32,6 @@ __device__ __forceinline__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
-// Left to itself nvcc splits some vector stores into their elements: 16 bytes are stored by one instruction.
-__device__ __forceinline__ void store_16_bytes(void* to, uint4 words) {
-#ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
-               "r"(words.y), "r"(words.z), "r"(words.w)
-               : "memory");
-#else
-  *static_cast<uint4*>(to) = words;
-#endif
-}
-
 template <class T, int V>
 __device__ __forceinline__ void store(T* to, const Vec<T, V>& v) {
   if constexpr (sizeof(v) % 16 == 0) {
@@ -54,14 +44,48 @@ __device__ __forceinline__ void store(T* to, const Vec<T, V>& v) {
   }
 }
 
+// V elements in the arithmetic's type. Two of 16 bits lie in one word: their bits are moved once.
+template <class T, int V>
+__device__ __forceinline__ void widen(const Vec<T, V>& v, Accumulate<T> (&values)[V]) {
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    uint32_t words[V / 2];
+    memcpy(words, &v, sizeof v);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) widen_pair<T>(words[i], values[2 * i], values[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values[e] = widen(v.e[e]);
+  }
+}
+
+template <class T, int V>
+__device__ __forceinline__ Vec<T, V> narrow(const Accumulate<T> (&values)[V]) {
+  Vec<T, V> v;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    uint32_t words[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) words[i] = narrow_pair<T>(values[2 * i], values[2 * i + 1]);
+    memcpy(&v, words, sizeof v);
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) v.e[e] = narrow<T>(values[e]);
+  }
+  return v;
+}
+
 // ---- Activation -----------------------------------------------------------------------------------------------
 
-// The fast exponential and division err by a few units in the last place of float: below the rounding of 16 bits, and
-// for results kept in float32 the accurate ones are used.
+template <class T>
+constexpr bool kFast = sizeof(T) == 2;
+
+// Fast: the approximate exponential and reciprocal err by a few units in the last place of float, below the rounding of
+// 16 bits. Otherwise a Newton step makes the reciprocal accurate; a division would branch.
 template <bool Fast>
 __device__ __forceinline__ float sigmoid(float u) {
-  if constexpr (Fast) return __fdividef(1.0f, 1.0f + __expf(-u));
-  return 1.0f / (1.0f + expf(-u));
+  if constexpr (Fast) return reciprocal_approximate(1.0f + exp2_approximate(-1.44269504f * u));
+  const float divisor = fminf(1.0f + expf(-u), 3.402823466e38f);  // infinity times its reciprocal would be NaN
+  const float estimate = reciprocal_approximate(divisor);
+  return fmaf(estimate, fmaf(-divisor, estimate, 1.0f), estimate);
 }
 
 template <bool Fast>
@@ -69,14 +93,23 @@ __device__ __forceinline__ double sigmoid(double u) {
   return 1.0 / (1.0 + exp(-u));
 }
 
-template <class T>
-constexpr bool kFast = sizeof(T) == 2;
+// One branch for all values: their exponentials run side by side.
+template <bool Fast, int V, class A>
+__device__ __forceinline__ void activate(A (&u)[V], bool silu) {
+  if (!silu) return;
+#pragma unroll
+  for (int e = 0; e < V; ++e) u[e] *= sigmoid<Fast>(u[e]);
+}
 
-// d/du (u * sigmoid(u))
-template <bool Fast, class A>
-__device__ __forceinline__ A silu_slope(A u) {
-  const A s = sigmoid<Fast>(u);
-  return s * (A(1) + u * (A(1) - s));
+// Multiplies the gradients of the activation's results by its derivative at u, s + s u (1 - s) with s = sigmoid(u).
+template <bool Fast, int V, class A>
+__device__ __forceinline__ void multiply_by_slope(A (&gradients)[V], const A (&u)[V], bool silu) {
+  if (!silu) return;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const A s = sigmoid<Fast>(u[e]);
+    gradients[e] *= s + s * (u[e] - s * u[e]);
+  }
 }
 
 // ---- Dropout --------------------------------------------------------------------------------------------------
@@ -89,7 +122,7 @@ class Mask {
       : is_on_(dropout.seed != nullptr),
         keep_below_(dropout.keep_below),
         seed_(is_on_ ? uint64_t(*dropout.seed) : 0),
-        scale_(A(dropout.scale)) {}
+        scale_(dropout.scale_as<A>()) {}
 
   // Multiplies V consecutive values by their factors; the place of the first in the tensor's memory is a multiple of V.
   template <int V>
@@ -109,20 +142,12 @@ class Mask {
   A scale_;
 };
 
-// What is stored of V consecutive elements, of which u(e) is what the activation takes.
-template <class Y, int V, class A, class F>
-__device__ __forceinline__ Vec<Y, V> activated(const Mask<A>& mask, int64_t first, bool silu, F&& u) {
-  A values[V];
-#pragma unroll
-  for (int e = 0; e < V; ++e) {
-    const A value = u(e);
-    values[e] = silu ? value * sigmoid<kFast<Y>>(value) : value;
-  }
-  mask.apply(values, first);
-  Vec<Y, V> out;
-#pragma unroll
-  for (int e = 0; e < V; ++e) out.e[e] = narrow<Y>(values[e]);
-  return out;
+// What is stored of V consecutive elements that the activation takes.
+template <class Y, int V, class A>
+__device__ __forceinline__ Vec<Y, V> activated(const Mask<A>& mask, int64_t first, bool silu, A (&u)[V]) {
+  activate<kFast<Y>>(u, silu);
+  mask.apply(u, first);
+  return narrow<Y, V>(u);
 }
 
 // ---- Reductions -----------------------------------------------------------------------------------------------

@@ -20,45 +20,88 @@ __device__ __forceinline__ void store_sums(A* at, int64_t stride, int sums, cons
 
 // What the input gradient needs to know of a channel.
 template <class A>
-struct ChannelGradient {
-  ChannelAffine<A> affine;
+struct ChannelGradient : ChannelAffine<A> {
   Projection<A> projection;
 };
 
-// dy of V consecutive elements as it comes through dropout, in the arithmetic's type.
-template <class A, int V>
-struct OutputGradient {
-  A e[V];
-
-  template <class Y>
-  __device__ __forceinline__ OutputGradient(const Mask<A>& mask, int64_t first, const Vec<Y, V>& dy) {
+// What reaches the activation's input: dz = dropout's gradient of dy times the activation's derivative at u, which is
+// affine in the centered values, x - center. One channel for all elements (rows), or for each its own (columns).
+template <bool Fast, class Y, int V, class Channel, int kChannels, class A>
+__device__ __forceinline__ void activation_gradient(const Mask<A>& mask, int64_t first, bool silu, const Vec<Y, V>& dy,
+                                                    const Channel (&channel)[kChannels], const A (&centered)[V],
+                                                    A (&dz)[V]) {
+  widen(dy, dz);
+  mask.apply(dz, first);
+  A u[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) e[i] = widen(dy.e[i]);
-    mask.apply(e, first);
+  for (int e = 0; e < V; ++e) {
+    const Channel& own = channel[kChannels == 1 ? 0 : e];
+    u[e] = centered[e] * own.slope + own.offset;
   }
-};
-
-// dy times the activation's derivative at x.
-template <bool Fast, class A>
-__device__ __forceinline__ A gradient_of_affine(const ChannelAffine<A>& affine, A x, A dy, bool silu) {
-  return silu ? dy * silu_slope<Fast>(affine(x)) : dy;
+  multiply_by_slope<Fast>(dz, u, silu);
 }
 
-template <bool Fast, class A>
-__device__ __forceinline__ void accumulate(GradientSums<A>& sums, const ChannelAffine<A>& affine, A x, A dy,
-                                           bool silu) {
-  const A dz = gradient_of_affine<Fast>(affine, x, dy, silu);
-  sums.dz += dz;
-  sums.dz_x += dz * (x - affine.center);
-  sums.x += x - affine.center;
+// x - center of V elements.
+template <class X, int V, class Channel, int kChannels, class A>
+__device__ __forceinline__ void center(const Vec<X, V>& x, const Channel (&channel)[kChannels], A (&values)[V]) {
+  widen(x, values);
+#pragma unroll
+  for (int e = 0; e < V; ++e) values[e] -= channel[kChannels == 1 ? 0 : e].center;
 }
 
-// dx = slope * dz - k1 - k2 * (x - center), and what reaches x by another way
-template <class X, class A>
-__device__ __forceinline__ X input_gradient(const ChannelGradient<A>& channel, A x, A dy, A shortcut, bool silu) {
-  const auto& [affine, projection] = channel;
-  const A dz = gradient_of_affine<kFast<X>>(affine, x, dy, silu);
-  return narrow<X>(affine.slope * dz - projection.k1 - projection.k2 * (x - affine.center) + shortcut);
+// Adds V elements to the sums; the third sum is asked of few.
+template <int V, int kSums, class A>
+__device__ __forceinline__ void accumulate(GradientSums<A> (&sums)[kSums], const A (&centered)[V], const A (&dz)[V],
+                                           bool of_x) {
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    sums[e % kSums].dz += dz[e];
+    sums[e % kSums].dz_x += dz[e] * centered[e];
+  }
+  if (!of_x) return;
+#pragma unroll
+  for (int e = 0; e < V; ++e) sums[e % kSums].x += centered[e];
+}
+
+// Adds a vector to the sums; leaves what reaches the activation's input in dz.
+template <bool Fast, class X, class Y, int V, class Channel, int kChannels, int kSums, class A>
+__device__ __forceinline__ void add_vector(GradientSums<A> (&sums)[kSums], const Mask<A>& mask, int64_t first,
+                                           bool silu, bool of_x, const Channel (&channel)[kChannels],
+                                           const Vec<X, V>& x, const Vec<Y, V>& dy, A (&dz)[V]) {
+  A centered[V];
+  center(x, channel, centered);
+  activation_gradient<Fast>(mask, first, silu, dy, channel, centered, dz);
+  accumulate(sums, centered, dz, of_x);
+}
+
+// dx = slope * dz - k1 - k2 * (x - center), and what reaches x through the shortcut.
+template <class X, int V, int kChannels, class A>
+__device__ __forceinline__ Vec<X, V> input_gradient(const ChannelGradient<A> (&channel)[kChannels],
+                                                    const A (&centered)[V], const A (&dz)[V],
+                                                    const Vec<X, V>& shortcut, bool has_shortcut) {
+  A dx[V];
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const ChannelGradient<A>& own = channel[kChannels == 1 ? 0 : e];
+    dx[e] = own.slope * dz[e] - own.projection.k1 - own.projection.k2 * centered[e];
+  }
+  if (has_shortcut) {
+    A other[V];
+    widen(shortcut, other);
+#pragma unroll
+    for (int e = 0; e < V; ++e) dx[e] += other[e];
+  }
+  return narrow<X, V>(dx);
+}
+
+template <class X, class Y, int V, int kChannels, class A>
+__device__ __forceinline__ Vec<X, V> input_gradient(const Mask<A>& mask, int64_t first, bool silu,
+                                                    const ChannelGradient<A> (&channel)[kChannels], const Vec<X, V>& x,
+                                                    const Vec<Y, V>& dy, const Vec<X, V>& shortcut, bool has_shortcut) {
+  A centered[V], dz[V];
+  center(x, channel, centered);
+  activation_gradient<kFast<X>>(mask, first, silu, dy, channel, centered, dz);
+  return input_gradient(channel, centered, dz, shortcut, has_shortcut);
 }
 
 constexpr int kChannelsAbreast = 32, kSamplesAbreast = 8;  // threads of a block

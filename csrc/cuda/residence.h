@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "cuda/device.h"
+#include "cuda/divisor.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -42,11 +43,15 @@ struct Residence {
   int entries;       // partial results of a block
   int slots;         // of a thread: vectors that fit shared memory
   int kept;          // of a thread: vectors of an item that stay in its slots
+  int segment;       // of a thread: vectors that it waits for together, of one unit; copies of the next are on their way
   int held;          // of a thread: the last vectors of an item, in registers; the rest is read again
   int tables;        // bytes of shared memory in front of the slots
   int shared_bytes;  // of shared memory, in all
+  int abreast;       // of a block's threads: rows: units, columns: pixels that they have side by side
+  Divisor by_items_of_sample, by_team, by_lanes, by_parts, by_abreast, by_group_channels;
 
   LDM_FUSED_HD int total() const { return rounds * steps; }  // vectors of a thread in an item
+  LDM_FUSED_HD int segments() const { return (kept + segment - 1) / segment; }
   LDM_FUSED_HD int again() const { return total() - kept - held; }
   int64_t blocks() const { return int64_t(team) * teams; }
 };
@@ -59,9 +64,12 @@ struct Demand {
   int moved;      // bytes of an element that are read and written
   int partial;    // floats of a partial result
   int totals;     // floats of each channel's totals; 0: nobody asks for them
+  int channel;    // floats that are known of each channel
   int held;       // vectors that the registers of a thread hold for a grid's columns
 };
 
+constexpr int kMostSegments = 4;          // of an item: what a thread begins with is a quarter of its vectors
+constexpr int kSegmentUnit = 8;           // vectors: what a thread works on side by side is not cut
 constexpr int kMostLanes = 32;
 constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
 constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
@@ -87,7 +95,7 @@ LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) { return x_size 
 // Bytes of shared memory beside the slots: each channel's parameters, the partial results, each group's result and what
 // the team exchanges of it and of its channels.
 inline int tables_of(const Residence& r, const Demand& demand) {
-  const int floats = (3 + demand.totals) * r.width + demand.partial * r.entries + 4 * r.bundle;
+  const int floats = (demand.channel + demand.totals) * r.width + demand.partial * r.entries + 4 * r.bundle;
   return int(round_up(4 * floats, 16));
 }
 
@@ -167,37 +175,59 @@ inline Residence reside(const Shape& shape, bool columns, int bundle, int team, 
   r.threads = int(std::min<int64_t>(threads, round_up(ceil_div(vectors, team), 32)));
   r.extent = int(columns ? shape.spatial : shape.spatial / demand.vector);
   columns ? cut_columns(r) : cut_rows(r);
+  r.abreast = columns ? r.threads / 32 * (32 / r.lanes) : r.threads / r.lanes;
   r.tables = tables_of(r, demand);
   const int slot = r.threads * demand.vector * demand.bytes;
   r.slots = std::max(0, device.shared_per_block - r.tables) / slot;
   r.kept = std::min(r.slots, r.total());
+  r.segment = r.rounds > 1 ? r.steps : int(std::max<int64_t>(1, round_up(ceil_div(r.kept, kMostSegments), kSegmentUnit)));
   return r;
 }
 
-inline void finish(Residence& r, Exchange exchange, int64_t teams, int64_t slots, const Demand& demand) {
+inline void finish(Residence& r, Exchange exchange, int64_t teams, int64_t slots, int64_t items_of_sample,
+                   const Demand& demand) {
   r.exchange = exchange;
   r.teams = int(teams);
   r.slots = int(std::min<int64_t>(r.slots, slots));
   r.shared_bytes = r.tables + r.slots * r.threads * demand.vector * demand.bytes;
+  r.by_items_of_sample = Divisor(uint32_t(items_of_sample));
+  r.by_team = Divisor(uint32_t(r.team));
+  r.by_lanes = Divisor(uint32_t(r.lanes));
+  r.by_parts = Divisor(uint32_t(r.parts));
+  r.by_abreast = Divisor(uint32_t(r.abreast));
+  r.by_group_channels = Divisor(uint32_t(r.width / r.bundle));
+}
+
+// Blocks that a multiprocessor holds at once, by their registers and shared memory. The system keeps 1 KB of the latter
+// for each block, which the most that a block may ask for leaves out.
+inline int blocks_abreast(const Residence& r, const Device& device) {
+  constexpr int kReserved = 1024, kRegisters = 65536;
+  const int registers = r.exchange == Exchange::grid ? kRegisters / kGridThreads : kRegisters / kMostThreads;
+  return std::min(kRegisters / (registers * r.threads),
+                  (device.shared_per_block + kReserved) / (r.shared_bytes + kReserved));
 }
 
 // The whole item in one block or a cluster, one item a team: in as few blocks as leave none idle and leave room for a
-// second one on each multiprocessor. More than eight share an item only where it fits no other way, or multiprocessors
-// are idle.
+// second one on each multiprocessor, which loads while the first one computes or stores. More than eight share an item
+// only where it fits no other way, or multiprocessors are idle.
 inline bool reside_in_clusters(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
                                Residence& found) {
   const int64_t bytes = shape.spatial * bundle * shape.channels_per_group() * demand.bytes;
   const int64_t items = shape.batch * (shape.groups / bundle);
+  const auto reside_with = [&](int team, int threads) {
+    Residence r = reside(shape, columns, bundle, team, threads, demand, device);
+    finish(r, team == 1 ? Exchange::block : Exchange::cluster, items, r.total(), shape.groups / bundle, demand);
+    return r;
+  };
   bool fits = false;
   for (int team = 1; team <= device.max_cluster && items * team < int64_t(1) << 31; team *= 2) {
     if (fits && (bytes / team < kSmallSlice || (team > 8 && found.blocks() >= device.multiprocessors))) break;
-    const bool small = bytes / team <= device.shared_per_block / 3;
-    Residence r = reside(shape, columns, bundle, team, small ? kFewerThreads : kMostThreads, demand, device);
+    Residence r = reside_with(team, kFewerThreads);
+    const bool room = r.kept == r.total() && blocks_abreast(r, device) >= kEnoughResidentBlocks;
+    if (!room) r = reside_with(team, kMostThreads);  // alone on a multiprocessor
     if (r.kept < r.total()) continue;
-    finish(r, team == 1 ? Exchange::block : Exchange::cluster, items, r.total(), demand);
     found = r;
     fits = true;
-    const bool room = 2 * r.shared_bytes < device.shared_per_block;
     if (room && r.blocks() >= kEnoughResidentBlocks * device.multiprocessors) break;
   }
   return fits;
@@ -235,7 +265,7 @@ inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const D
     Residence r = reside(shape, columns, bundle, int(device.multiprocessors / teams), kGridThreads, demand, device);
     if (r.kept == 0) continue;
     if (columns && r.total() - r.kept >= demand.held) r.held = demand.held;
-    finish(r, Exchange::grid, teams, 2 * int64_t(r.total()), demand);
+    finish(r, Exchange::grid, teams, 2 * int64_t(r.total()), shape.groups / bundle, demand);
     const double time = time_of(r, shape, demand);
     if (least == 0 || time < least) {
       least = time;

@@ -1,16 +1,20 @@
 // One read: what its kernels share. residence.h says how items are cut, and what a slot is.
 #pragma once
 
-#include <cooperative_groups.h>
-#include <cuda_pipeline_primitives.h>
+#include <type_traits>
 
 #include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/team.cuh"
 
 namespace ldm_fused {
 
-template <class V>
-constexpr int kBatchOf = 64 / sizeof(V);  // vectors that a thread works on side by side
+template <class V, int kBytes = 64>
+constexpr int kBatchOf = kBytes / sizeof(V);  // vectors that a thread works on side by side
 constexpr unsigned kAllLanes = ~0u;
+
+template <int N>
+using Number = std::integral_constant<int, N>;
 
 __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
@@ -22,10 +26,9 @@ struct Item {
   int64_t first;         // offset of its first element
 };
 
-// In 32 bits, of which all need few enough: registers are short, and a longer division is a call.
 __device__ __forceinline__ Item item_of(const Shape& shape, const Residence& r, uint32_t index) {
-  const uint32_t bundles = uint32_t(shape.groups) / uint32_t(r.bundle);
-  Item item{index, index / bundles, index % bundles * r.width, 0};
+  const uint32_t n = r.by_items_of_sample.quotient(index);
+  Item item{index, n, (index - n * r.by_items_of_sample.divisor) * r.width, 0};
   item.first =
       r.columns ? item.n * shape.channels * shape.spatial + item.c : (item.n * shape.channels + item.c) * shape.spatial;
   return item;
@@ -37,9 +40,12 @@ __device__ __forceinline__ int chunk_of(const Residence& r, int rank) {
   return int(max(int64_t(0), min(r.extent - int64_t(rank) * r.chunk, int64_t(r.chunk))));
 }
 
+// Rows: lanes are a power of two.
+__device__ __forceinline__ int lane_of_unit(const Residence& r) { return threadIdx.x & (r.lanes - 1); }
+
 // A thread's vectors in one unit: at first, first + stride, ...
 struct Span {
-  int64_t first, stride;  // offsets in elements
+  int64_t first, stride;  // in elements: where the first one is, and from one to the next
   int count;              // may be 0
   int entry;              // where the unit's partial result goes; columns: that of the first channel
   int channel;            // of the item; columns: the first of the vector
@@ -47,12 +53,9 @@ struct Span {
   __device__ __forceinline__ int64_t at(int i) const { return first + i * stride; }
 };
 
-// Pixels that a block's threads have side by side.
-__device__ __forceinline__ int pixels_abreast(const Residence& r) { return blockDim.x / 32 * (32 / r.lanes); }
-
 template <bool kColumns, int V>
 __device__ __forceinline__ int64_t stride_of(const Shape& shape, const Residence& r) {
-  return kColumns ? pixels_abreast(r) * shape.channels : int64_t(r.lanes) * V;
+  return kColumns ? r.abreast * shape.channels : int64_t(r.lanes) * V;
 }
 
 template <bool kColumns, int V>
@@ -61,20 +64,20 @@ __device__ __forceinline__ Span span_of(const Shape& shape, const Residence& r, 
   span.stride = stride_of<kColumns, V>(shape, r);
   const int chunk = chunk_of(r, rank);
   if constexpr (kColumns) {
-    const int abreast = 32 / r.lanes, rows = pixels_abreast(r);
-    const int row = warp_index() * abreast + lane_index() / r.lanes, column = lane_index() % r.lanes;
+    const int row_in_warp = r.by_lanes.quotient(lane_index()), rows_of_warp = r.by_lanes.quotient(32);
+    const int row = warp_index() * rows_of_warp + row_in_warp, column = lane_index() - row_in_warp * r.lanes;
     span.first = item.first + (int64_t(rank) * r.chunk + row) * shape.channels + column * V;
-    span.count = lane_index() < abreast * r.lanes && row < chunk ? (chunk - row - 1) / rows + 1 : 0;
+    span.count = row_in_warp < rows_of_warp && row < chunk ? r.by_abreast.quotient(chunk - row - 1) + 1 : 0;
     span.channel = column * V;
     span.entry = warp_index() * r.width + span.channel;
   } else {
-    const int unit = round * (blockDim.x / r.lanes) + threadIdx.x / r.lanes;
-    const int part = unit % r.parts, begin = part * r.length + threadIdx.x % r.lanes;
+    const int unit = round * r.abreast + r.by_lanes.quotient(threadIdx.x), channel = r.by_parts.quotient(unit);
+    const int part = unit - channel * r.parts, begin = part * r.length + lane_of_unit(r);
     const int end = min((part + 1) * r.length, chunk);
     const bool exists = unit < r.entries;
-    span.channel = exists ? unit / r.parts : 0;
+    span.channel = exists ? channel : 0;
     span.first = item.first + span.channel * shape.spatial + (int64_t(rank) * r.chunk + begin) * V;
-    span.count = exists && begin < end ? (end - begin - 1) / r.lanes + 1 : 0;
+    span.count = exists && begin < end ? r.by_lanes.quotient(end - begin - 1) + 1 : 0;
     span.entry = unit;
   }
   return span;
@@ -84,8 +87,8 @@ __device__ __forceinline__ Span span_of(const Shape& shape, const Residence& r, 
 template <bool kColumns>
 __device__ __forceinline__ int vectors_of(const Residence& r, int chunk, int part) {
   if constexpr (kColumns) {
-    const int abreast = 32 / r.lanes, rows = pixels_abreast(r);
-    return chunk / rows * abreast + max(0, min(chunk % rows - part * abreast, abreast));
+    const int whole = r.by_abreast.quotient(chunk), rows_of_warp = r.by_lanes.quotient(32);
+    return whole * rows_of_warp + max(0, min(chunk - whole * r.abreast - part * rows_of_warp, rows_of_warp));
   }
   return max(0, min((part + 1) * r.length, chunk) - part * r.length);
 }
@@ -103,89 +106,151 @@ __device__ __forceinline__ int entry_of(const Residence& r, int channel, int par
 
 // ---- Shared memory --------------------------------------------------------------------------------------------
 
-struct alignas(8) Pair {
-  float a, b;
-};
-
 // The tables in front of the slots, in this order; tables_of() counts their bytes.
 struct Tables {
-  Pair* groups;                  // of each group, what the block's threads use
-  float* exchange;               // what the block tells its team: a Pair of each group, and floats of each channel
-  float* entries;                // partial results of the units
-  ChannelAffine<float>* affine;  // of each channel
+  Pair* groups;     // of each group, what the block's threads use
+  float* exchange;  // what the block tells its team: a Pair of each group, and floats of each channel
+  float* entries;   // partial results of the units
+  float* channels;  // what vectors are computed with: kCenter of all channels, kSlope of all channels, ...
+  int width;
+
+  enum Value { kCenter, kSlope, kOffset, kK1, kK2 };
 
   // floats: of a partial result, and of each channel that are exchanged.
-  __device__ __forceinline__ Tables(const Residence& r, void* shared, int partial, int totals) {
+  __device__ __forceinline__ Tables(const Residence& r, void* shared, int partial, int totals) : width(r.width) {
     groups = static_cast<Pair*>(shared);
     exchange = reinterpret_cast<float*>(groups + r.bundle);
     entries = exchange + 2 * r.bundle + totals * r.width;
-    affine = reinterpret_cast<ChannelAffine<float>*>(entries + partial * r.entries);
+    channels = entries + partial * r.entries;
+  }
+
+  __device__ __forceinline__ float& channel(Value value, int c) const { return channels[value * width + c]; }
+
+  __device__ __forceinline__ void set(int c, const ChannelAffine<float>& affine) const {
+    channel(kCenter, c) = affine.center;
+    channel(kSlope, c) = affine.slope;
+    channel(kOffset, c) = affine.offset;
+  }
+
+  // A value of kChannels channels from c on.
+  template <int kChannels>
+  __device__ __forceinline__ Vec<float, kChannels> read(Value value, int c) const {
+    return load<float, kChannels>(&channel(value, c));
   }
 };
 
-// A thread's slots, V elements of each of one or two tensors in each.
-template <int V>
+// A thread's slots, kPieces times 16 bytes each: V elements of each of one or two tensors. Neighbouring threads' pieces
+// are neighbours: no two lanes meet in a bank.
+template <int V, int kPieces>
 struct Slots {
   uint4* own;
 
   template <class T>
-  static constexpr int kPieces = V * int(sizeof(T)) / 16;
+  static constexpr int kPiecesOf = V * int(sizeof(T)) / 16;
 
   __device__ __forceinline__ Slots(const Residence& r, void* shared)
       : own(reinterpret_cast<uint4*>(static_cast<char*>(shared) + r.tables) + threadIdx.x) {}
 
-  // Neighbouring threads' pieces are neighbours: no two lanes meet in a bank.
-  __device__ __forceinline__ uint4* piece(int i) const { return own + i * blockDim.x; }
+  // The first piece of a slot; its next one is a block's threads further.
+  __device__ __forceinline__ uint4* operator[](int slot) const { return own + slot * (kPieces * int(blockDim.x)); }
 
   template <class T>
-  __device__ __forceinline__ void copy(int first_piece, const T* from) const {
+  __device__ __forceinline__ void copy(uint4* piece, const T* from) const {
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) {
-      __pipeline_memcpy_async(piece(first_piece + i), reinterpret_cast<const uint4*>(from) + i, 16);
+    for (int i = 0; i < kPiecesOf<T>; ++i) {
+      copy_16_bytes_async(piece + i * blockDim.x, reinterpret_cast<const uint4*>(from) + i);
     }
   }
 
   template <class T>
-  __device__ __forceinline__ Vec<T, V> read(int first_piece) const {
-    uint4 words[kPieces<T>];
+  __device__ __forceinline__ Vec<T, V> read(const uint4* piece) const {
+    uint4 words[kPiecesOf<T>];
 #pragma unroll
-    for (int i = 0; i < kPieces<T>; ++i) words[i] = *piece(first_piece + i);
+    for (int i = 0; i < kPiecesOf<T>; ++i) words[i] = piece[i * blockDim.x];
     Vec<T, V> result;
     memcpy(&result, words, sizeof result);
     return result;
   }
+
+  template <class T>
+  __device__ __forceinline__ void write(uint4* piece, const Vec<T, V>& vector) const {
+    uint4 words[kPiecesOf<T>];
+    memcpy(words, &vector, sizeof vector);
+#pragma unroll
+    for (int i = 0; i < kPiecesOf<T>; ++i) piece[i * blockDim.x] = words[i];
+  }
 };
 
-// Copies a thread's vectors of all its items to its slots, in the order of their use and ahead of it.
-template <bool kColumns, int V>
+// Copies a thread's vectors of all its items to its slots, in the order of their use and ahead of it. What it copies
+// goes by position: a unit that has fewer vectors than others leaves its last positions empty. A group of copies is a
+// segment of an item, for which the thread waits together.
+template <bool kColumns, bool kGrid, int V>
 class Loader {
  public:
   __device__ __forceinline__ Loader(const Shape& shape, const Residence& r, uint32_t item, int rank)
       : item_(item), rank_(rank) {
     begin_unit(shape, r);
+    begin_segment(r);
   }
 
   // Up to the position `end` of the current item, or of those behind it. copy_one(slot, offset) starts a copy.
   template <class F>
   __device__ __forceinline__ void copy_to(int end, const Shape& shape, const Residence& r, F&& copy_one) {
-    for (; ahead_ < end && item_ < r.items; ++ahead_) {
-      if (step_ < count_) copy_one(slot_, at_);
-      at_ += stride_of<kColumns, V>(shape, r);
-      if (++slot_ == r.slots) slot_ = 0;
-      const bool item_ends = round_ * r.steps + ++step_ == r.kept;
-      if (!item_ends && step_ < r.steps) continue;
-      step_ = 0;
-      round_ = item_ends ? 0 : round_ + 1;
-      if (item_ends) item_ += r.teams;
-      begin_unit(shape, r);
+    const int64_t stride = stride_of<kColumns, V>(shape, r);
+    while (ahead_ < end) {
+      const int run = min(end - ahead_, burst_), copies = min(run, count_);
+      int i = 0;
+#pragma unroll kUnrolled
+      for (; i + kTogether <= copies; i += kTogether, at_ += kTogether * stride) {
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) copy_one(slot_ + i + k, at_ + k * stride);
+      }
+#pragma unroll 1
+      for (; i < copies; ++i, at_ += stride) copy_one(slot_ + i, at_);
+      count_ -= run;
+      slot_ += run;
+      ahead_ += run;
+      if ((burst_ -= run) == 0) next_burst(shape, r);
     }
-    __pipeline_commit();
   }
 
   // The current item is done with.
   __device__ __forceinline__ void next_item(const Residence& r) { ahead_ -= r.kept; }
 
  private:
+  static constexpr int kTogether = 4;      // copies: their instructions stand together, of which the first costs more
+  static constexpr int kUnrolled = kGrid ? 1 : 4;  // a grid copies in between, a few at a time
+  static constexpr int kForever = 1 << 30;  // ahead of all items
+
+  __device__ __forceinline__ void next_burst(const Shape& shape, const Residence& r) {
+    if (slot_ == r.slots) slot_ = 0;
+    if (left_ > 0) return begin_burst(r);
+    commit_copies();
+    position_ += r.segment;
+    if (position_ >= r.kept) {
+      position_ = round_ = 0;
+      if ((item_ += r.teams) >= r.items) {
+        ahead_ = kForever;
+        return;
+      }
+      begin_unit(shape, r);
+    } else if (r.rounds > 1) {  // whose segments are units
+      ++round_;
+      begin_unit(shape, r);
+    }
+    begin_segment(r);
+  }
+
+  __device__ __forceinline__ void begin_segment(const Residence& r) {
+    left_ = min(r.segment, r.kept - position_);
+    begin_burst(r);
+  }
+
+  __device__ __forceinline__ void begin_burst(const Residence& r) {
+    burst_ = min(left_, r.slots - slot_);
+    left_ -= burst_;
+  }
+
   __device__ __forceinline__ void begin_unit(const Shape& shape, const Residence& r) {
     const Span span = span_of<kColumns, V>(shape, r, item_of(shape, r, item_), rank_, round_);
     at_ = span.first;
@@ -193,127 +258,14 @@ class Loader {
   }
 
   uint32_t item_;
-  int rank_, ahead_ = 0, round_ = 0, step_ = 0, slot_ = 0, count_;
+  int rank_, round_ = 0;
+  int position_ = 0;  // of the segment's first vector in its item
+  int ahead_ = 0;     // of the current item's first vector
+  int slot_ = 0;
+  int burst_;    // positions up to the end of the segment or of the ring
+  int left_;     // positions of the segment behind that
+  int count_;    // vectors that are left of the unit; below 0 where it has fewer than positions
   int64_t at_;
-};
-
-// ---- Teams ----------------------------------------------------------------------------------------------------
-
-// Not there before compute capability 9.0, where no plan asks for it.
-__device__ __forceinline__ void cluster_sync() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
-#endif
-}
-
-template <class T>
-__device__ __forceinline__ T* in_block_of_cluster(T* shared, int rank) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
-#else
-  return shared;
-#endif
-}
-
-// Memory of a grid's teams, apart so that they do not wait for each other's lines.
-struct TeamCounter {
-  unsigned arrived, padding[31];
-};
-
-// The blocks that share an item. Each leaves what it has of the item's groups, and of its channels, in tables.exchange;
-// after exchange() all can read it. In a grid that goes through memory, in two places by turns: who writes the next
-// item's results cannot overtake who still reads this one's, but may be one exchange ahead.
-template <bool kGrid>
-class Team {
- public:
-  const int index, rank, size;
-
-  // `floats` of each channel are exchanged beside the Pair of each group.
-  __device__ __forceinline__ Team(const Residence& r, void* workspace, const Tables& tables, int floats)
-      : index(blockIdx.x / r.team),
-        rank(blockIdx.x % r.team),
-        size(r.team),
-        bundle_(r.bundle),
-        floats_(int(round_up(floats * r.width, 2))),
-        own_(tables.exchange) {
-    if constexpr (kGrid) {
-      counter_ = static_cast<TeamCounter*>(workspace) + index;
-      memory_ = reinterpret_cast<float*>(static_cast<TeamCounter*>(workspace) + r.teams) +
-                int64_t(index) * 2 * size * (2 * bundle_ + floats_);
-    }
-  }
-
-  // Before the first exchange.
-  __device__ __forceinline__ void start() {
-    if constexpr (kGrid) {
-      if (rank == 0 && threadIdx.x == 0) counter_->arrived = 0;
-      cooperative_groups::this_grid().sync();
-    }
-  }
-
-  // Waits until all blocks of the team are here, and does something else first.
-  template <class F>
-  __device__ __forceinline__ void exchange(F&& meanwhile) {
-    if constexpr (kGrid) {
-      target_ += size;
-      __syncthreads();
-      publish();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(&counter_->arrived, 1u);
-      }
-      meanwhile();
-      if (threadIdx.x == 0) {
-        while (atomicAdd(&counter_->arrived, 0u) < target_) __nanosleep(32);
-        __threadfence();
-      }
-      __syncthreads();
-    } else if (size > 1) {  // alone, each thread reads what it has written itself
-      cluster_sync();
-    }
-  }
-
-  __device__ __forceinline__ Pair group_of(int from, int g) const {
-    if constexpr (kGrid) return groups()[g * size + from];
-    return reinterpret_cast<const Pair*>(of_block(from))[g];
-  }
-
-  // The floats of each channel, all channels of the first one first.
-  __device__ __forceinline__ const float* channels_of(int from) const {
-    if constexpr (kGrid) return channels() + from * floats_;
-    return of_block(from) + 2 * bundle_;
-  }
-
-  __device__ __forceinline__ void next_item() { turn_ ^= 1; }
-
-  // No block may leave while another reads its shared memory.
-  __device__ __forceinline__ void leave() {
-    if (!kGrid && size > 1) cluster_sync();
-  }
-
- private:
-  __device__ __forceinline__ float* turn() const { return memory_ + turn_ * size * (2 * bundle_ + floats_); }
-  // A group's pairs are neighbours, because each block reads them all.
-  __device__ __forceinline__ Pair* groups() const { return reinterpret_cast<Pair*>(turn()); }
-  __device__ __forceinline__ float* channels() const { return turn() + 2 * bundle_ * size; }
-
-  __device__ __forceinline__ float* of_block(int from) const {
-    return size > 1 ? in_block_of_cluster(own_, from) : own_;
-  }
-
-  __device__ __forceinline__ void publish() {
-    for (int g = threadIdx.x; g < bundle_; g += blockDim.x) {
-      groups()[g * size + rank] = reinterpret_cast<const Pair*>(own_)[g];
-    }
-    for (int i = threadIdx.x; i < floats_; i += blockDim.x) channels()[rank * floats_ + i] = own_[2 * bundle_ + i];
-  }
-
-  int bundle_, floats_, turn_ = 0;
-  float* own_;
-  float* memory_ = nullptr;
-  TeamCounter* counter_ = nullptr;
-  unsigned target_ = 0;
 };
 
 // ---- Blocks ---------------------------------------------------------------------------------------------------
@@ -327,10 +279,10 @@ struct ResidentBlock {
   const Shape& shape;
   const Residence& r;
   const Tables tables;
-  const Slots<V> slots;
+  const Slots<V, kPieces> slots;
   Team<kGrid> team;
   Item item;
-  Loader<kColumns, V> loader;
+  Loader<kColumns, kGrid, V> loader;
   int first_slot = 0;  // of the item
 
   // partial: floats of a partial result; totals: floats of each channel that are exchanged.
@@ -340,21 +292,75 @@ struct ResidentBlock {
         r(p.residence),
         tables(r, shared, partial, totals),
         slots(r, shared),
-        team(r, p.partials, tables, totals),
+        team(r, p.partials, tables.exchange, totals),
         item(item_of(shape, r, team.index)),
         loader(shape, r, item.index, team.rank) {}
 
-  __device__ __forceinline__ int group_channels() const { return r.width / r.bundle; }
+  __device__ __forceinline__ int group_channels() const { return r.by_group_channels.divisor; }
+
+  // Of the item's first group in mean, rstd and projections.
+  __device__ __forceinline__ int64_t first_group() const { return int64_t(item.index) * r.bundle; }
 
   // The thread's vectors of its unit in that round.
   __device__ __forceinline__ Span span(int round) const {
     return span_of<kColumns, V>(shape, r, item, team.rank, round);
   }
 
-  // The first piece of the slot that has the thread's k-th vector of the item.
-  __device__ __forceinline__ int piece_of(int k) const {
+  // The slot that has the thread's k-th vector of the item.
+  __device__ __forceinline__ int slot_of(int k) const {
     const int slot = first_slot + k;
-    return (slot < r.slots ? slot : slot - r.slots) * kPieces;
+    return kGrid && slot >= r.slots ? slot - r.slots : slot;
+  }
+
+  // Calls f(Number<N>, slot, at) for the steps from `step` to `end` of a round whose vectors are in slots, kBatch at a
+  // time and what is left one by one, and after(step) now and then. Offsets are added up: a multiplication of 64 bits is
+  // several instructions.
+  template <int kBatch, class F, class After>
+  __device__ __forceinline__ void each_kept(const Span& span, int round, int step, int end, F&& f,
+                                            After&& after) const {
+    int slot = slot_of(round * r.steps + step);
+    int64_t at = span.at(step);
+    while (step < end) {
+      const int run_ends = kGrid ? min(end, step + r.slots - slot) : end;  // not over the ring's end
+      for (; step + kBatch <= run_ends; after(step)) {
+        f(Number<kBatch>{}, slot, at);
+        step += kBatch;
+        slot += kBatch;
+        at += kBatch * span.stride;
+      }
+      for (; step < run_ends; ++step, ++slot, at += span.stride) f(Number<1>{}, slot, at);
+      if constexpr (!kGrid) return;
+      if (slot == r.slots) slot = 0;
+      after(step);
+    }
+  }
+
+  // Calls f(Number<N>, at) for the steps from `step` to `end`, kBatch at a time and what is left one by one.
+  template <int kBatch, class F>
+  __device__ __forceinline__ void each_of(const Span& span, int step, int end, F&& f) const {
+    int64_t at = span.at(step);
+    for (; step + kBatch <= end; step += kBatch, at += kBatch * span.stride) f(Number<kBatch>{}, at);
+    for (; step < end; ++step, at += span.stride) f(Number<1>{}, at);
+  }
+
+  // The same, the last ones first.
+  template <int kBatch, class F>
+  __device__ __forceinline__ void each_back(const Span& span, int step, int end, F&& f) const {
+    int64_t at = span.at(end - 1);
+    for (; end - kBatch >= step; end -= kBatch, at -= kBatch * span.stride) {
+      f(Number<kBatch>{}, at - (kBatch - 1) * span.stride);
+    }
+    for (; end > step; --end, at -= span.stride) f(Number<1>{}, at);
+  }
+
+  // Waits for the thread's copies of a segment of the item, of which only the later ones may still be on their way.
+  __device__ __forceinline__ void wait_for_segment(int segment) const {
+    switch (r.segments() - 1 - segment) {
+      case 0: return wait_for_copies<0>();
+      case 1: return wait_for_copies<1>();
+      case 2: return wait_for_copies<2>();
+      default: return wait_for_copies<3>();
+    }
   }
 
   // Vectors that may have been copied once those in front of the k-th are used up: no further than the next item, for
@@ -382,13 +388,13 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Merges values of a warp's lanes that have the same column, lanes apart; the results are the first row's.
+// Merges values of a warp's lanes that have the same column, r.lanes apart; the results are the first row's.
 template <class T>
-__device__ __forceinline__ void merge_warp_rows(T& value, int lanes) {
-  const int row = lane_index() / lanes;
-  for (int height = 32 / lanes; height > 1;) {
+__device__ __forceinline__ void merge_warp_rows(T& value, const Residence& r) {
+  const int row = r.by_lanes.quotient(lane_index());
+  for (int height = r.by_lanes.quotient(32); height > 1;) {
     const int half = (height + 1) / 2;
-    const T other = shuffle_down(value, half * lanes, 32);
+    const T other = shuffle_down(value, half * r.lanes, 32);
     if (row + half < height) value.merge(other);
     height = half;
   }

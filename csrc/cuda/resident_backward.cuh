@@ -27,8 +27,16 @@ template <class X, class Y, int V, bool kColumns, bool kGrid>
 struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + sizeof(Y)) / 16> {
   using Block = ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + sizeof(Y)) / 16>;
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
-  static constexpr int kOfX = V * int(sizeof(X)) / 16;    // pieces of a slot; dy's are behind them
-  static constexpr int kBatch = kBatchOf<Vec<X, V>> / 2;  // vectors of x, and as many of dy
+  using VectorX = Vec<X, V>;
+  using VectorY = Vec<Y, V>;
+  using Channels = ChannelGradient<float>[Block::kChannels];
+  // dz, once computed, takes dy's place in the slot: no second exponential. In 16 bits that rounds it as PyTorch's own
+  // backward does between its two kernels (NOTES.md has the errors); it must not be coarser than dx.
+  static constexpr bool kKeepsGradient = sizeof(Y) >= sizeof(X);
+  static constexpr int kOfX = V * int(sizeof(X)) / 16;  // pieces of a slot; dy's are behind them
+  static constexpr int kBatch = kBatchOf<VectorX> / 2;  // vectors of x, and as many of dy
+  static constexpr int kOfDx = kKeepsGradient ? kBatchOf<VectorX> : kBatch;
+  static constexpr int kSums = kColumns ? V : 2;        // side by side, where one would be a long chain
 
   const BackwardParams& p;
   const X* const x;
@@ -48,82 +56,111 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
 
   __device__ __forceinline__ void copy_to(int end) {
     this->loader.copy_to(end, shape, r, [&](int slot, int64_t at) {
-      slots.copy(slot * (kOfX + slots.template kPieces<Y>), x + at);
-      slots.copy(slot * (kOfX + slots.template kPieces<Y>)+kOfX, dy + at);
+      slots.copy(slots[slot], x + at);
+      slots.copy(dy_of(slot), dy + at);
     });
   }
 
+  __device__ __forceinline__ uint4* dy_of(int slot) const { return slots[slot] + kOfX * int(blockDim.x); }
+
   // The affine map of the item's channels; mean and rstd of its groups.
   __device__ __forceinline__ void load_parameters() const {
-    const int64_t first_group = shape.group(item.n, item.c);
+    const int64_t first_group = this->first_group();
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
-      const int g = c / this->group_channels();
+      const int g = r.by_group_channels.quotient(c);
       const float mean = static_cast<const float*>(p.mean)[first_group + g];
       const float rstd = static_cast<const float*>(p.rstd)[first_group + g];
-      const ChannelAffine<float> affine = channel_affine(p.affine, item.n, item.c + c, mean, rstd);
-      tables.affine[c] = affine;
-      if (c % this->group_channels() == 0) tables.groups[g] = {mean, rstd};
+      tables.set(c, channel_affine(p.affine, item.n, item.c + c, mean, rstd));
+      if (c == g * this->group_channels()) tables.groups[g] = {mean, rstd};
     }
   }
 
-  // Whether vector `step` + i of a round is there, and among the item's k-th from `from` to `to`.
-  __device__ __forceinline__ bool is_wanted(const Span& span, int round, int step, int i, int from, int to) const {
-    const int k = round * r.steps + step + i;
-    return step + i < min(r.steps, span.count) && k >= from && k < to;
+  // What vectors of the unit are computed with; k1 and k2 once the team knows them.
+  __device__ __forceinline__ void load_channels(const Span& span, Channels& channel, bool projects) const {
+    const auto read = [&](Tables::Value value) {
+      return tables.template read<Block::kChannels>(value, span.channel);
+    };
+    const auto center = read(Tables::kCenter), slope = read(Tables::kSlope), offset = read(Tables::kOffset);
+#pragma unroll
+    for (int c = 0; c < Block::kChannels; ++c) channel[c] = {{center.e[c], slope.e[c], offset.e[c]}, {}};
+    if (!projects) return;
+    const auto k1 = read(Tables::kK1), k2 = read(Tables::kK2);
+#pragma unroll
+    for (int c = 0; c < Block::kChannels; ++c) channel[c].projection = {k1.e[c], k2.e[c]};
   }
 
-  // Calls f(i, x, dy) for the vectors `step` + i of a batch that are wanted.
-  template <class F>
-  __device__ __forceinline__ void each_of_batch(const Span& span, int round, int step, int from, int to, F&& f) const {
-    Vec<X, V> vx[kBatch];
-    Vec<Y, V> vdy[kBatch];
-    const int first = round * r.steps + step;
+  // Reads N vectors of x and dy, or loads what did not fit.
+  template <int N>
+  __device__ __forceinline__ void read(VectorX (&vx)[N], VectorY (&vdy)[N], int slot) const {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (!is_wanted(span, round, step, i, from, to)) continue;
-      if (!kGrid || first + i < r.kept) {
-        const int piece = this->piece_of(first + i);
-        vx[i] = slots.template read<X>(piece);
-        vdy[i] = slots.template read<Y>(piece + kOfX);
-      } else {
-        vx[i] = load<X, V>(x + span.at(step + i));
-        vdy[i] = load<Y, V>(dy + span.at(step + i));
-      }
+    for (int i = 0; i < N; ++i) {
+      vx[i] = slots.template read<X>(slots[slot + i]);
+      vdy[i] = slots.template read<Y>(dy_of(slot + i));
     }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void load_again(VectorX (&vx)[N], VectorY (&vdy)[N], const Span& span, int64_t at) const {
+    const X* const from_x = x + at;
+    const Y* const from_dy = dy + at;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (is_wanted(span, round, step, i, from, to)) f(i, vx[i], vdy[i]);
+    for (int i = 0; i < N; ++i) {
+      vx[i] = load<X, V>(from_x + i * span.stride);
+      vdy[i] = load<Y, V>(from_dy + i * span.stride);
     }
   }
 
   // The sums of each unit, in the order of the vectors in memory.
   __device__ __forceinline__ void reduce_units() const {
-    for (int round = 0; round < r.rounds; ++round) {
+    for (int round = 0, segment = 0; round < r.rounds; ++round) {
       const Span span = this->span(round);
-      ChannelAffine<float> affine[Block::kChannels];
+      const int kept = min(r.kept - round * r.steps, r.steps);  // steps of the unit that are in slots; grid: or fewer
+      Channels channel;
+      load_channels(span, channel, false);
+      GradientSums<float> sums[kSums]{};
+      for (int step = 0; step < kept; step += r.segment) {
+        this->wait_for_segment(segment++);
+        this->template each_kept<kBatch>(
+            span, round, step, min(step + r.segment, min(kept, span.count)),
+            [&](auto n, int slot, int64_t at) {
+              VectorX vx[n.value];
+              VectorY vdy[n.value];
+              read(vx, vdy, slot);
 #pragma unroll
-      for (int c = 0; c < Block::kChannels; ++c) affine[c] = tables.affine[span.channel + c];
-      ChannelSums<Block::kChannels> sums{};
-      for (int step = 0; step < r.steps; step += kBatch) {
-        each_of_batch(span, round, step, 0, r.total(), [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
-          const OutputGradient<float, V> gradient(mask, span.at(step + i), vdy);
+              for (int i = 0; i < n.value; ++i) {
+                float dz[V];
+                add_vector<kFast<X>>(sums, mask, at + i * span.stride, p.silu, p.sums == 3, channel, vx[i], vdy[i], dz);
+                if constexpr (kKeepsGradient) slots.write(dy_of(slot + i), narrow<Y, V>(dz));
+              }
+            },
+            [](int) {});
+      }
+      if constexpr (kGrid) {
+        this->template each_of<kBatch>(span, max(kept, 0), span.count, [&](auto n, int64_t at) {
+          VectorX vx[n.value];
+          VectorY vdy[n.value];
+          load_again(vx, vdy, span, at);
 #pragma unroll
-          for (int e = 0; e < V; ++e) {
-            const int c = kColumns ? e : 0;
-            accumulate<kFast<X>>(sums.of[c], affine[c], float(widen(vx.e[e])), gradient.e[e], p.silu);
+          for (int i = 0; i < n.value; ++i) {
+            float dz[V];
+            add_vector<kFast<X>>(sums, mask, at + i * span.stride, p.silu, p.sums == 3, channel, vx[i], vdy[i], dz);
           }
         });
       }
       float* const entry = tables.entries + span.entry;
       if constexpr (kColumns) {
-        merge_warp_rows(sums, r.lanes);
+        ChannelSums<Block::kChannels> columns;
+#pragma unroll
+        for (int e = 0; e < V; ++e) columns.of[e] = sums[e];
+        merge_warp_rows(columns, r);
         if (lane_index() < r.lanes) {
 #pragma unroll
-          for (int e = 0; e < V; ++e) store_sums(entry + e, r.entries, p.sums, sums.of[e]);
+          for (int e = 0; e < V; ++e) store_sums(entry + e, r.entries, p.sums, columns.of[e]);
         }
       } else {
-        const GradientSums<float> unit = lanes_reduce(sums.of[0], r.lanes);
-        if (threadIdx.x % r.lanes == 0 && span.entry < r.entries) store_sums(entry, r.entries, p.sums, unit);
+        sums[0].merge(sums[1]);
+        const GradientSums<float> unit = lanes_reduce(sums[0], r.lanes);
+        if (lane_of_unit(r) == 0 && span.entry < r.entries) store_sums(entry, r.entries, p.sums, unit);
       }
     }
     __syncthreads();
@@ -144,8 +181,8 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
       Pair group{};
       const int end = (g + 1) * this->group_channels();
       for (int c = g * this->group_channels() + lane_index(); c < end; c += 32) {
-        group.a += tables.affine[c].slope * totals[c];
-        group.b += tables.affine[c].slope * totals[r.width + c];
+        group.a += tables.channel(Tables::kSlope, c) * totals[c];
+        group.b += tables.channel(Tables::kSlope, c) * totals[r.width + c];
       }
       group = {warp_sum(group.a), warp_sum(group.b)};
       if (lane_index() == 0) reinterpret_cast<Pair*>(tables.exchange)[g] = group;
@@ -168,71 +205,101 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
       const Projection<float> projection{group.a / elements, (group.b / elements) * rstd * rstd};
       tables.groups[g] = {projection.k1, projection.k2};
       if (team.rank == 0 && p.gradients.pre_bias.data) {
-        static_cast<Projection<float>*>(p.projections)[shape.group(item.n, item.c) + g] = projection;
+        static_cast<Projection<float>*>(p.projections)[this->first_group() + g] = projection;
       }
     }
   }
 
-  // The totals of each channel. The blocks of a team share the channels, in runs that fill a sector.
+  // The same of each channel.
+  __device__ __forceinline__ void complete_channels() const {
+    for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
+      const Pair group = tables.groups[r.by_group_channels.quotient(c)];
+      tables.channel(Tables::kK1, c) = group.a;
+      tables.channel(Tables::kK2, c) = group.b;
+    }
+    __syncthreads();
+  }
+
+  // The totals of each channel. The blocks of a team share the channels, in runs that fill a sector; a warp adds up a
+  // run's, its lanes over the team's blocks.
   __device__ __forceinline__ void write_totals() const {
     constexpr int kRun = 8;
     float* const totals = static_cast<float*>(p.totals) + item.n * shape.channels + item.c;
-    for (int i = threadIdx.x; i / kRun * kRun * team.size < r.width; i += blockDim.x) {
-      const int c = (i / kRun * team.size + team.rank) * kRun + i % kRun;
-      if (c >= r.width) continue;
-      GradientSums<float> channel{};
-      for (int rank = 0; rank < team.size; ++rank) {
-        channel.merge(load_sums(team.channels_of(rank) + c, r.width, p.sums));
+    for (int first = (warp_index() * team.size + team.rank) * kRun; first < r.width;
+         first += blockDim.x / 32 * team.size * kRun) {
+      GradientSums<float> run[kRun]{}, own{};
+      for (int rank = lane_index(); rank < team.size; rank += 32) {
+        const float* const from = team.channels_of(rank) + first;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (first + i < r.width) run[i].merge(load_sums(from + i, r.width, p.sums));
+        }
       }
-      store_sums(totals + c, shape.rows(), p.sums, channel);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const GradientSums<float> sum{warp_sum(run[i].dz), warp_sum(run[i].dz_x), warp_sum(run[i].x)};
+        if (lane_index() == i) own = sum;
+      }
+      if (lane_index() < min(kRun, r.width - first)) {
+        store_sums(totals + first + lane_index(), shape.rows(), p.sums, own);
+      }
     }
   }
 
-  // dx of a round's vectors from the item's k-th `from` to `to`, in steps by `by` vectors.
-  template <class F>
-  __device__ __forceinline__ void write(int round, int step, int end, int by, int from, int to, F&& after_batch) const {
-    const Span span = this->span(round);
-    ChannelGradient<float> channel[Block::kChannels];
+  // dx of N vectors, of which vdy is dz already or dy still.
+  template <bool kIsGradient, int N>
+  __device__ __forceinline__ void write(const VectorX (&vx)[N], const VectorY (&vdy)[N], const Span& span,
+                                        const Channels& channel, int64_t at) const {
+    X* const to = dx + at;
+    VectorX other[N]{};
+    if (shortcut != nullptr) {
 #pragma unroll
-    for (int c = 0; c < Block::kChannels; ++c) {
-      const Pair* const projection = tables.groups + (span.channel + c) / this->group_channels();
-      channel[c] = {tables.affine[span.channel + c], {projection->a, projection->b}};
+      for (int i = 0; i < N; ++i) other[i] = load<X, V>(shortcut + at + i * span.stride);
     }
-    for (; step != end; step += by) {
-      Vec<X, V> add[kBatch]{};
-      if (shortcut != nullptr) {
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if (is_wanted(span, round, step, k, from, to)) add[k] = load<X, V>(shortcut + span.at(step + k));
-        }
+    for (int i = 0; i < N; ++i) {
+      float centered[V], dz[V];
+      center(vx[i], channel, centered);
+      if constexpr (kIsGradient) {
+        widen(vdy[i], dz);
+      } else {
+        activation_gradient<kFast<X>>(mask, at + i * span.stride, p.silu, vdy[i], channel, centered, dz);
       }
-      each_of_batch(span, round, step, from, to, [&](int i, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
-        const OutputGradient<float, V> gradient(mask, span.at(step + i), vdy);
-        Vec<X, V> out;
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          out.e[e] = input_gradient<X>(channel[kColumns ? e : 0], float(widen(vx.e[e])), gradient.e[e],
-                                       float(widen(add[i].e[e])), p.silu);
-        }
-        store(dx + span.at(step + i), out);
-      });
-      after_batch(step);
+      store(to + i * span.stride, input_gradient(channel, centered, dz, other[i], shortcut != nullptr));
     }
   }
 
   // dx: first of what did not fit, the last read first; then of what is in the slots, which the next item's vectors
   // take.
   __device__ __forceinline__ void write_dx() {
-    const int steps = int(round_up(r.steps, kBatch));
     if constexpr (kGrid) {
       for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
-        write(round, steps - kBatch, -kBatch, -kBatch, r.kept, r.total(), [](int) {});
+        const Span span = this->span(round);
+        Channels channel;
+        load_channels(span, channel, true);
+        this->template each_back<kBatch>(span, max(r.kept - round * r.steps, 0), span.count, [&](auto n, int64_t at) {
+          VectorX vx[n.value];
+          VectorY vdy[n.value];
+          load_again(vx, vdy, span, at);
+          write<false>(vx, vdy, span, channel, at);
+        });
       }
     }
     for (int round = 0; round < r.rounds && round * r.steps < r.kept; ++round) {
-      write(round, 0, steps, kBatch, 0, r.kept, [&](int step) {
-        if constexpr (kGrid) copy_to(this->room_behind(round * r.steps + min(step + kBatch, r.steps)));
-      });
+      const Span span = this->span(round);
+      Channels channel;
+      load_channels(span, channel, true);
+      this->template each_kept<kOfDx>(
+          span, round, 0, min(r.kept - round * r.steps, span.count),
+          [&](auto n, int slot, int64_t at) {
+            VectorX vx[n.value];
+            VectorY vdy[n.value];
+            read(vx, vdy, slot);
+            write<kKeepsGradient>(vx, vdy, span, channel, at);
+          },
+          [&](int step) {
+            if constexpr (kGrid) copy_to(this->room_behind(round * r.steps + step));
+          });
     }
   }
 };
@@ -245,18 +312,19 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
   block.team.start();
   do {
     block.load_parameters();
-    __pipeline_wait_prior(0);
     __syncthreads();
     block.reduce_units();
     block.reduce_channels();
     block.team.exchange([&] { block.copy_to(p.residence.slots); });
     block.project_groups();
-    if (p.gradients.any()) block.write_totals();
+    if (!kGrid && p.gradients.any()) block.write_totals();
     __syncthreads();
-    if (p.dx != nullptr) {
-      block.write_dx();
-    } else if constexpr (kGrid) {
+    block.team.has_read();
+    block.complete_channels();
+    if (p.dx != nullptr) block.write_dx();
+    if constexpr (kGrid) {
       block.copy_to(2 * p.residence.kept);
+      if (p.gradients.any()) block.write_totals();  // for which no other block waits
     }
   } while (block.next_item());
   block.team.leave();

@@ -15,55 +15,74 @@ template <int kChannels>
 struct ChannelMoments {
   float count, mean[kChannels], m2[kChannels];
 
-  // Vectors of which the thread has the first `existing`. A full batch is averaged, centered and then merged as a
-  // whole.
-  template <class X, int V, int kBatch>
-  __device__ __forceinline__ void add(const Vec<X, V> (&v)[kBatch], const float (&shift)[kChannels], int existing) {
-    if (existing >= kBatch) {
-      add_whole(v, shift);
-    } else {
+  // N vectors: their mean first, then what deviates from it, then both are merged as a whole. 16-bit numbers are centered
+  // by their mean, not by the shift: they have few digits, so that the mean of some is as good without.
+  template <class X, int V, int N>
+  __device__ __forceinline__ void add(const Vec<X, V> (&v)[N], const float (&shift)[kChannels]) {
+    constexpr int kCount = N * V / kChannels;  // values of a channel
+    constexpr bool kCentered = sizeof(X) > 2;
+    constexpr int kChains = kChannels == 1 ? 4 : 1;  // sums side by side, where one would be a long chain
+    float values[N][V], sum[kChannels][kChains]{};
 #pragma unroll
-      for (int i = 0; i < kBatch - 1; ++i) {
-        if (i < existing) add_whole(reinterpret_cast<const Vec<X, V>(&)[1]>(v[i]), shift);
+    for (int i = 0; i < N; ++i) {
+      widen(v[i], values[i]);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const int c = kChannels == 1 ? 0 : e;
+        if constexpr (kCentered) values[i][e] -= shift[c];
+        sum[c][e % kChains] += values[i][e] * (1.0f / kCount);
       }
     }
-  }
-
-  template <class X, int V, int N>
-  __device__ __forceinline__ void add_whole(const Vec<X, V> (&v)[N], const float (&shift)[kChannels]) {
-    constexpr int kCount = N * V / kChannels;  // values of a channel
-    const float total = count + kCount, part = kCount / total;
+    const float total = count + kCount, part = kCount * reciprocal_approximate(total), weight = part * count;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      float values[kCount], sum = 0, squares = 0;
+      float average = sum[c][0], squares[kChains]{};
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[i] = widen(kChannels == 1 ? v[i / V].e[i % V] : v[i].e[c]) - shift[c];
+      for (int k = 1; k < kChains; ++k) average += sum[c][k];
+      squares[0] = m2[c];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int e = kChannels == 1 ? 0 : c; e < V; e += kChannels) {
+          const float deviation = values[i][e] - average;
+          squares[e % kChains] += deviation * deviation;
+        }
       }
+      const float delta = (kCentered ? average : average - shift[c]) - mean[c];
+      mean[c] += delta * part;
+      m2[c] = squares[0];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sum += values[i] * (1.0f / kCount);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) squares += (values[i] - sum) * (values[i] - sum);
-      merge_channel(c, sum, squares, part, count);
+      for (int k = 1; k < kChains; ++k) m2[c] += squares[k];
+      m2[c] += delta * weight * delta;
     }
     count = total;
   }
 
   __device__ __forceinline__ void merge(const ChannelMoments& other) {
     if (other.count == 0) return;
-    const float total = count + other.count, part = other.count / total;
+    const float total = count + other.count, part = other.count * reciprocal_approximate(total), weight = part * count;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) merge_channel(c, other.mean[c], other.m2[c], part, count);
+    for (int c = 0; c < kChannels; ++c) {
+      const float delta = other.mean[c] - mean[c];
+      mean[c] += delta * part;
+      m2[c] += other.m2[c] + delta * weight * delta;
+    }
     count = total;
   }
-
- private:
-  __device__ __forceinline__ void merge_channel(int c, float other_mean, float other_m2, float part, float before) {
-    const float delta = other_mean - mean[c];
-    mean[c] += delta * part;
-    m2[c] += other_m2 + (delta * part) * (delta * before);
-  }
 };
+
+// Merges the moments of neighbouring lanes, a power of two of them, without a division a lane: first the mean of all,
+// then what deviates from it. All lanes of the warp must call it; all have the result.
+__device__ __forceinline__ Moments<float> lanes_merge(const Moments<float>& own, int lanes) {
+  const auto sum = [&](float value) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+    return value;
+  };
+  const float count = sum(own.count);
+  const float part = count > 0 ? own.count / count : 0.0f;
+  const float mean = sum(part * own.mean), delta = own.mean - mean;
+  return {count, mean, sum(own.m2 + own.count * delta * delta)};
+}
 
 // Merges `number` moments, of which f(i) gives one, by all lanes of a warp. The result is lane 0's.
 template <class F>
@@ -87,7 +106,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   using Vector = Vec<X, V>;
   using Affines = ChannelAffine<float>[Block::kChannels];
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
-  static constexpr int kBatch = kBatchOf<Vector>;
+  static constexpr int kBatch = kBatchOf<Vector>, kOfStatistics = kBatchOf<Vector, 128>;
   static constexpr int kHeld = kColumns && kGrid ? held_vectors(sizeof(X), sizeof(Y)) : 0;
   using Held = Vector[kHeld > 0 ? kHeld : 1];  // the last vectors of an item, in registers
 
@@ -100,69 +119,103 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
       : Block(p, shared, 2, 0), p(p), x(static_cast<const X*>(p.x)), y(static_cast<Y*>(p.y)), mask(p.dropout) {}
 
   __device__ __forceinline__ void copy_to(int end) {
-    this->loader.copy_to(end, shape, r,
-                         [&](int slot, int64_t at) { slots.copy(slot * slots.template kPieces<X>, x + at); });
+    this->loader.copy_to(end, shape, r, [&](int slot, int64_t at) { slots.copy(slots[slot], x + at); });
   }
 
   // What is known of the item's channels before its statistics are.
   __device__ __forceinline__ void load_parameters() const {
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
-      const ChannelAffine<float> affine = channel_affine(p.affine, item.n, item.c + c, 0.0f, 1.0f);
-      tables.affine[c] = affine;
+      tables.set(c, channel_affine(p.affine, item.n, item.c + c, 0.0f, 1.0f));
     }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void read(Vector (&v)[N], int slot) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = slots.template read<X>(slots[slot + i]);
+  }
+
+  template <int N>
+  __device__ __forceinline__ void load_again(Vector (&v)[N], const Span& span, int64_t at) const {
+    const X* const from = x + at;
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = load<X, V>(from + i * span.stride);
   }
 
   // Mean and m2 of each unit, in the order of the vectors in memory; the last ones stay in registers.
   __device__ __forceinline__ void reduce_units(Held& held) const {
     Pair* const entries = reinterpret_cast<Pair*>(tables.entries);
-    const int steps = r.steps - (kHeld > 0 ? r.held : 0);
-    for (int round = 0; round < r.rounds; ++round) {
+    for (int round = 0, segment = 0; round < r.rounds; ++round) {
       const Span span = this->span(round);
+      const int kept = min(r.kept - round * r.steps, r.steps);  // steps of the unit that are in slots; grid: or fewer
+      const int first_held = r.steps - (kHeld > 0 ? r.held : 0);
       ChannelMoments<Block::kChannels> moments{};
       float shift[Block::kChannels];
-      for (int step = 0; step < steps; step += kBatch) {
-        Vector v[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int k = round * r.steps + step + i;
-          if (step + i >= min(steps, span.count)) continue;
-          v[i] = !kGrid || k < r.kept ? slots.template read<X>(this->piece_of(k)) : load<X, V>(x + span.at(step + i));
+      for (int step = 0; step < kept; step += r.segment) {
+        this->wait_for_segment(segment++);
+        if (step == 0) {
+          set_shift(shift, span.count > 0 ? slots.template read<X>(slots[this->slot_of(round * r.steps)]) : Vector{});
         }
-        if (step == 0) {  // of the unit's first vector: its lanes, or the lanes of its column, have it in common
-#pragma unroll
-          for (int c = 0; c < Block::kChannels; ++c) {
-            shift[c] = __shfl_sync(kAllLanes, widen(v[0].e[c]), kColumns ? lane_index() % r.lanes : 0,
-                                   kColumns ? 32 : r.lanes);
-          }
-        }
-        moments.add(v, shift, min(steps, span.count) - step);
+        this->template each_kept<kOfStatistics>(
+            span, round, step, min(step + r.segment, min(kept, span.count)),
+            [&](auto n, int slot, int64_t) {
+              Vector v[n.value];
+              read(v, slot);
+              moments.add(v, shift);
+            },
+            [](int) {});
+      }
+      if constexpr (kGrid) {
+        if (kept <= 0) set_shift(shift, span.count > 0 ? load<X, V>(x + span.first) : Vector{});
+        this->template each_of<kOfStatistics>(span, max(kept, 0), min(first_held, span.count), [&](auto n, int64_t at) {
+          Vector v[n.value];
+          load_again(v, span, at);
+          moments.add(v, shift);
+        });
       }
       if constexpr (kHeld > 0) {
         if (r.held > 0) {
-          const X* from = x + span.at(steps);
+          const int existing = span.count - first_held;
 #pragma unroll
-          for (int i = 0; i < kHeld; ++i, from += span.stride) {
-            if (steps + i < span.count) held[i] = load<X, V>(from);
+          for (int i = 0; i < kHeld; ++i) {
+            if (i < existing) held[i] = load<X, V>(x + span.at(first_held + i));
           }
+          if (existing >= kHeld) {
 #pragma unroll
-          for (int i = 0; i < kHeld; i += kBatch) {
-            moments.add(reinterpret_cast<const Vector(&)[kBatch]>(held[i]), shift, span.count - steps - i);
+            for (int i = 0; i < kHeld; i += kBatch) {
+              moments.add(reinterpret_cast<const Vector(&)[kBatch]>(held[i]), shift);
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < kHeld - 1; ++i) {
+              if (i < existing) moments.add(reinterpret_cast<const Vector(&)[1]>(held[i]), shift);
+            }
           }
         }
       }
       if constexpr (kColumns) {
-        merge_warp_rows(moments, r.lanes);
+        merge_warp_rows(moments, r);
         if (lane_index() < r.lanes) {
 #pragma unroll
           for (int e = 0; e < V; ++e) entries[span.entry + e] = {moments.mean[e] + shift[e], moments.m2[e]};
         }
       } else {
-        const Moments<float> unit =
-            lanes_reduce(Moments<float>{moments.count, moments.mean[0], moments.m2[0]}, r.lanes);
-        if (threadIdx.x % r.lanes == 0 && span.entry < r.entries) entries[span.entry] = {unit.mean + shift[0], unit.m2};
+        const Moments<float> unit = lanes_merge({moments.count, moments.mean[0], moments.m2[0]}, r.lanes);
+        if (lane_of_unit(r) == 0 && span.entry < r.entries) entries[span.entry] = {unit.mean + shift[0], unit.m2};
       }
     }
     __syncthreads();
+  }
+
+  // Elements of the unit's first vector: its lanes, or the lanes of its column, have them in common.
+  __device__ __forceinline__ void set_shift(float (&shift)[Block::kChannels], const Vector& first) const {
+    float values[V];
+    widen(first, values);
+#pragma unroll
+    for (int c = 0; c < Block::kChannels; ++c) {
+      shift[c] = __shfl_sync(kAllLanes, values[c], kColumns ? r.by_lanes.remainder(lane_index()) : 0,
+                             kColumns ? 32 : r.lanes);
+    }
   }
 
   // Mean and rstd of each group: a warp merges what its block has of one, then what the team has.
@@ -171,11 +224,12 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     const int chunk = chunk_of(r, team.rank);
     for (int g = warp_index(); g < r.bundle; g += blockDim.x / 32) {
       const Moments<float> own = merge_in_warp(chunk > 0 ? channels * parts : 0, [&](int i) {
-        const int part = kColumns ? i / channels : i % parts;
-        const int c = g * channels + (kColumns ? i % channels : i / parts);
+        const int major = (kColumns ? r.by_group_channels : r.by_parts).quotient(i);
+        const int minor = i - major * (kColumns ? channels : parts);
+        const int part = kColumns ? major : minor, c = g * channels + (kColumns ? minor : major);
         const Pair entry = reinterpret_cast<const Pair*>(tables.entries)[entry_of<kColumns>(r, c, part)];
         return Moments<float>{float(vectors_of<kColumns>(r, chunk, part) * Block::kElements),
-                              entry.a - tables.affine[c].center, entry.b};
+                              entry.a - tables.channel(Tables::kCenter, c), entry.b};
       });
       if (lane_index() == 0) reinterpret_cast<Pair*>(tables.exchange)[g] = {own.mean, own.m2};
     }
@@ -190,56 +244,66 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
       if (lane_index() > 0) continue;
       const float rstd = 1.0f / sqrtf(all.m2 / all.count + float(p.eps));
       tables.groups[g] = {all.mean, rstd};
-      if (team.rank > 0) continue;
-      const int64_t index = shape.group(item.n, item.c) + g;
-      static_cast<float*>(p.mean)[index] = all.mean;
-      static_cast<float*>(p.rstd)[index] = rstd;
+      if (team.rank > 0 || p.mean == nullptr) continue;
+      static_cast<float*>(p.mean)[this->first_group() + g] = all.mean;
+      static_cast<float*>(p.rstd)[this->first_group() + g] = rstd;
+    }
+    __syncthreads();
+  }
+
+  // The affine map of each channel, now that its group's statistics are known.
+  __device__ __forceinline__ void complete_channels() const {
+    for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
+      const Pair group = tables.groups[r.by_group_channels.quotient(c)];
+      tables.channel(Tables::kCenter, c) += group.a;
+      tables.channel(Tables::kSlope, c) *= group.b;
     }
     __syncthreads();
   }
 
   __device__ __forceinline__ void load_affine(const Span& span, Affines& affine) const {
+    const auto center = tables.template read<Block::kChannels>(Tables::kCenter, span.channel);
+    const auto slope = tables.template read<Block::kChannels>(Tables::kSlope, span.channel);
+    const auto offset = tables.template read<Block::kChannels>(Tables::kOffset, span.channel);
 #pragma unroll
-    for (int c = 0; c < Block::kChannels; ++c) {
-      const ChannelAffine<float> own = tables.affine[span.channel + c];
-      const Pair group = tables.groups[(span.channel + c) / this->group_channels()];
-      affine[c] = {group.a + own.center, group.b * own.slope, own.offset};
-    }
+    for (int c = 0; c < Block::kChannels; ++c) affine[c] = {center.e[c], slope.e[c], offset.e[c]};
   }
 
-  __device__ __forceinline__ void write(const Vector& in, const Affines& affine, int64_t at) const {
-    const auto u = [&](int e) { return affine[kColumns ? e : 0](float(widen(in.e[e]))); };
-    store(y + at, activated<Y, V>(mask, at, p.silu, u));
+  template <int N>
+  __device__ __forceinline__ void write(const Vector (&v)[N], const Span& span, const Affines& affine,
+                                        int64_t at) const {
+    Y* const to = y + at;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float u[V];
+      widen(v[i], u);
+#pragma unroll
+      for (int e = 0; e < V; ++e) u[e] = affine[kColumns ? e : 0](u[e]);
+      store(to + i * span.stride, activated<Y>(mask, at + i * span.stride, p.silu, u));
+    }
   }
 
   // y of what did not fit, the last read first.
   __device__ __forceinline__ void write_what_is_not_kept(const Held& held) const {
-    const int steps = r.steps - r.held;
+    const int first_held = r.steps - r.held;
     for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
       const Span span = this->span(round);
       Affines affine;
       load_affine(span, affine);
       if constexpr (kHeld > 0) {
-        int64_t at = span.at(steps);
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i, at += span.stride) {
-          if (r.held > 0 && steps + i < span.count) write(held[i], affine, at);
+        for (int i = 0; i < kHeld; ++i) {
+          if (r.held > 0 && first_held + i < span.count) {
+            write(reinterpret_cast<const Vector(&)[1]>(held[i]), span, affine, span.at(first_held + i));
+          }
         }
       }
-      for (int step = (steps - 1) / kBatch * kBatch; step >= 0; step -= kBatch) {
-        Vector v[kBatch];
-        const auto is_wanted = [&](int i) {
-          return step + i < min(steps, span.count) && round * r.steps + step + i >= r.kept;
-        };
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (is_wanted(i)) v[i] = load<X, V>(x + span.at(step + i));
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (is_wanted(i)) write(v[i], affine, span.at(step + i));
-        }
-      }
+      this->template each_back<kBatch>(span, max(r.kept - round * r.steps, 0), min(first_held, span.count),
+                                       [&](auto n, int64_t at) {
+                                         Vector v[n.value];
+                                         load_again(v, span, at);
+                                         write(v, span, affine, at);
+                                       });
     }
   }
 
@@ -249,21 +313,18 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
       const Span span = this->span(round);
       Affines affine;
       load_affine(span, affine);
-      const int steps = min(r.steps, r.kept - round * r.steps);
-      for (int step = 0; step < steps; step += kBatch) {
-        const int first = round * r.steps + step, end = min(steps, span.count);
-        Vector v[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (step + i < end) v[i] = slots.template read<X>(this->piece_of(first + i));
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (step + i < end) write(v[i], affine, span.at(step + i));
-        }
-        if constexpr (kGrid) copy_to(this->room_behind(first + min(kBatch, steps - step)));
-      }
+      this->template each_kept<kBatch>(
+          span, round, 0, min(r.kept - round * r.steps, span.count),
+          [&](auto n, int slot, int64_t at) {
+            Vector v[n.value];
+            read(v, slot);
+            write(v, span, affine, at);
+          },
+          [&](int step) {
+            if constexpr (kGrid) copy_to(this->room_behind(round * r.steps + step));
+          });
     }
+    if constexpr (kGrid) copy_to(2 * r.kept);
   }
 };
 
@@ -276,9 +337,10 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
   do {
     typename ResidentForward<X, Y, V, kColumns, kGrid>::Held held;
     block.load_parameters();
-    __pipeline_wait_prior(0);
     block.reduce_units(held);
     block.reduce_groups();
+    block.team.has_read();
+    block.complete_channels();
     if constexpr (kGrid) block.write_what_is_not_kept(held);
     block.write_what_is_kept();
   } while (block.next_item());

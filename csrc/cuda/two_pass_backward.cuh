@@ -27,21 +27,20 @@ template <class X, class Y, int V>
 __global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = row_unit(p.shape, p.reduce);
-  GradientSums<A> sums{};
+  GradientSums<A> sums[1]{};
   if (unit.exists) {
     const X* x = static_cast<const X*>(p.x) + unit.first;
     const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
-    const auto affine = load_affine<A>(p, unit.n, unit.c);
+    const ChannelAffine<A> affine[1] = {load_affine<A>(p, unit.n, unit.c)};
     const Mask<A> mask(p.dropout);
     stream<V>(unit, 1, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
-      const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
-#pragma unroll
-      for (int e = 0; e < V; ++e) accumulate<kFast<X>>(sums, affine, A(widen(vx.e[e])), gradient.e[e], p.silu);
+      A dz[V];
+      add_vector<kFast<X>>(sums, mask, unit.first + at, p.silu, p.sums == 3, affine, vx, vdy, dz);
     });
   }
-  sums = team_reduce(sums, p.reduce.team);
+  const GradientSums<A> chunk = team_reduce(sums[0], p.reduce.team);
   if (unit.exists && threadIdx.x % p.reduce.team == 0) {
-    store_sums(partial_sums<A>(p, partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk)), 1, p.sums, sums);
+    store_sums(partial_sums<A>(p, partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk)), 1, p.sums, chunk);
   }
 }
 
@@ -57,9 +56,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(Backwar
   share_columns(p.shape, affine, [&](int64_t c) { return load_affine<A>(p, unit.n, c); });
   const Mask<A> mask(p.dropout);
   stream<V>(unit, p.shape.channels, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
-    const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
-#pragma unroll
-    for (int e = 0; e < V; ++e) accumulate<kFast<X>>(sums[e], affine[e], A(widen(vx.e[e])), gradient.e[e], p.silu);
+    A dz[V];
+      add_vector<kFast<X>>(sums, mask, unit.first + at, p.silu, p.sums == 3, affine, vx, vdy, dz);
   });
 
   using SumRows = Rows<GradientSums<A>, V>;
@@ -115,16 +113,10 @@ __global__ void __launch_bounds__(kThreads) input_gradient_rows(BackwardParams p
   const Y* dy = static_cast<const Y*>(p.dy) + unit.first;
   const X* shortcut = p.shortcut ? static_cast<const X*>(p.shortcut) + unit.first : nullptr;
   X* dx = static_cast<X*>(p.dx) + unit.first;
-  const auto channel = load_channel<A>(p, unit.n, unit.c);
+  const ChannelGradient<A> channel[1] = {load_channel<A>(p, unit.n, unit.c)};
   const Mask<A> mask(p.dropout);
   stream<V>(unit, 1, x, dy, shortcut, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>& add) {
-    const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
-    Vec<X, V> out;
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      out.e[e] = input_gradient<X>(channel, A(widen(vx.e[e])), gradient.e[e], A(widen(add.e[e])), p.silu);
-    }
-    store(dx + at, out);
+    store(dx + at, input_gradient(mask, unit.first + at, p.silu, channel, vx, vdy, add, shortcut != nullptr));
   });
 }
 
@@ -142,13 +134,7 @@ __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParam
   const Mask<A> mask(p.dropout);
   stream<V>(unit, p.shape.channels, x, dy, shortcut,
             [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy, const Vec<X, V>& add) {
-              const OutputGradient<A, V> gradient(mask, unit.first + at, vdy);
-              Vec<X, V> out;
-#pragma unroll
-              for (int e = 0; e < V; ++e) {
-                out.e[e] = input_gradient<X>(channel[e], A(widen(vx.e[e])), gradient.e[e], A(widen(add.e[e])), p.silu);
-              }
-              store(dx + at, out);
+              store(dx + at, input_gradient(mask, unit.first + at, p.silu, channel, vx, vdy, add, shortcut != nullptr));
             });
 }
 

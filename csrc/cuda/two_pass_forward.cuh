@@ -145,8 +145,11 @@ __global__ void __launch_bounds__(kThreads) apply_rows(ForwardParams p) {
   const auto affine = load_affine<A>(p, unit.n, unit.c);
   const Mask<A> mask(p.dropout);
   stream<V>(unit, 1, x, [&](int64_t at, const Vec<X, V>& in) {
-    const auto u = [&](int e) { return affine(A(widen(in.e[e]))); };
-    store(y + at, activated<Y, V>(mask, unit.first + at, p.silu, u));
+    A u[V];
+    widen(in, u);
+#pragma unroll
+    for (int e = 0; e < V; ++e) u[e] = affine(u[e]);
+    store(y + at, activated<Y>(mask, unit.first + at, p.silu, u));
   });
 }
 
@@ -161,8 +164,11 @@ __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
   share_columns(p.shape, affine, [&](int64_t c) { return load_affine<A>(p, unit.n, c); });
   const Mask<A> mask(p.dropout);
   stream<V>(unit, p.shape.channels, x, [&](int64_t at, const Vec<X, V>& in) {
-    const auto u = [&](int e) { return affine[e](A(widen(in.e[e]))); };
-    store(y + at, activated<Y, V>(mask, unit.first + at, p.silu, u));
+    A u[V];
+    widen(in, u);
+#pragma unroll
+    for (int e = 0; e < V; ++e) u[e] = affine[e](u[e]);
+    store(y + at, activated<Y>(mask, unit.first + at, p.silu, u));
   });
 }
 
