@@ -31,10 +31,13 @@ from benchmarks import workloads  # noqa: E402
 LARGEST = 1_400_000  # elements emulated: seconds for all passes of one shape
 AGREEMENT = 0.03  # by how much counts may differ from what the plan predicted
 DTYPE = torch.bfloat16
+WAYS = ("forward", "backward")
 
-# What must hold on an H200 over all suites: weighted bytes over the limit, then what holds for each workload.
-TARGETS = {("contiguous", "forward"): 1.02, ("channels_last", "forward"): 1.12,
-           ("contiguous", "backward"): 1.03, ("channels_last", "backward"): 1.03}
+# What must hold on an H200 over all suites: weighted bytes over the limit, then what holds for each workload. Videos
+# are weighed apart: one of 1 GB, most of whose groups in channels_last no chip holds, outweighs a UNet's calls.
+TARGETS = {("images", "contiguous", "forward"): 1.02, ("images", "channels_last", "forward"): 1.12,
+           ("images", "contiguous", "backward"): 1.03, ("images", "channels_last", "backward"): 1.03,
+           ("videos", "contiguous", "forward"): 1.03, ("videos", "channels_last", "forward"): 1.28}
 BLOCK_TARGETS = {"inference": 7.3, "training": 15.3}  # B, weighted
 WORST = 1.5
 SECTORS = 0.95
@@ -161,12 +164,14 @@ class Call:
                      moved / bytes_of(small_plan), moved / (32 * sectors))
 
 
-def measure(workload, layout, device):
-    """Forward and backward of one workload: two ``Moved``."""
-    op = Call(workload, layout, device)
-    _, mean, rstd = op.forward()
-    return [op.moved(2, op.forward, emulated.plan_forward, op.groups),
-            op.moved(3, lambda: op.backward(mean, rstd), emulated.plan_backward, op.groups)]
+def measure(workload, layout, device, backward=True):
+    """Forward of one workload, and backward if it is wanted: a ``Moved`` each."""
+    op, results = Call(workload, layout, device), []
+    found = [op.moved(2, lambda: results.append(op.forward()), emulated.plan_forward, op.groups)]
+    if backward:
+        (_, mean, rstd), = results
+        found.append(op.moved(3, lambda: op.backward(mean, rstd), emulated.plan_backward, op.groups))
+    return found
 
 
 def measure_block(workload, layout, device):
@@ -209,14 +214,14 @@ def distinct(chosen):
 def missed(totals):
     """What is not reached of the targets, a line each."""
     lines = []
-    for (layout, way), target in TARGETS.items():
-        total = totals[layout, way]
+    for key, target in TARGETS.items():
+        total, of_what = totals[key], "{1} {2} of {0}".format(*key)
         if total.weighted > target:
-            lines.append(f"{layout} {way} moves {total.weighted:.3f} x the limit, more than {target} x.")
+            lines.append(f"{of_what} moves {total.weighted:.3f} x the limit, more than {target} x.")
         if total.worst > WORST:
-            lines.append(f"{layout} {way} moves {total.worst:.2f} x the limit at worst, more than {WORST} x.")
+            lines.append(f"{of_what} moves {total.worst:.2f} x the limit at worst, more than {WORST} x.")
         if min(total.efficiencies) < SECTORS:
-            lines.append(f"{layout} {way} uses {100 * min(total.efficiencies):.0f} % of its sectors at worst, "
+            lines.append(f"{of_what} uses {100 * min(total.efficiencies):.0f} % of its sectors at worst, "
                          f"less than {100 * SECTORS:.0f} %.")
     return lines
 
@@ -269,7 +274,8 @@ def main(arguments=None):
     device = emulated.DEVICES[options.device]
     if options.block:
         return report_blocks(workloads.select(options.suite), device, options.device)
-    totals = {(layout, way): Total() for layout in (*LAYOUTS, "both") for way in ("forward", "backward")}
+    kinds = ("images", "videos")
+    totals = {(kind, layout, way): Total() for kind in kinds for layout in (*LAYOUTS, "both") for way in WAYS}
     wrong = []
     print(f"Bytes moved over the limit on an emulated {options.device}, {str(DTYPE).removeprefix('torch.')}; "
           "count/plan is the emulator's count over the plan's prediction\n")
@@ -279,11 +285,10 @@ def main(arguments=None):
     for workload, *counts in distinct(workloads.select(options.suite)):
         for layout in workload.layouts("both"):
             cells = []
-            for way, m, count in zip(("forward", "backward"), measure(workload, layout, device), counts):
-                if not count:
-                    continue
-                totals[layout, way].add(m, count)
-                totals["both", way].add(m, count)
+            found = measure(workload, layout, device, backward=counts[1] > 0)
+            for way, m, count in zip(WAYS, found, counts):
+                for total in layout, "both":
+                    totals[kinds[len(workload.shape) == 5], total, way].add(m, count)
                 if abs(m.counted_over_planned - 1) > AGREEMENT:
                     wrong.append(f"The plan predicts other bytes than were counted for {workload.shape_text} {layout} "
                                  f"{way}.")
@@ -291,15 +296,16 @@ def main(arguments=None):
                              f"  {m.tier:<15}")
             print(f"{workload.shape_text:<20}{layout:<15}{'  '.join(cells)}".rstrip(), flush=True)
     print()
-    for layout in LAYOUTS:
-        print(f"{layout}: forward {totals[layout, 'forward'].text}; backward {totals[layout, 'backward'].text}")
+    for kind in kinds:
+        for layout in LAYOUTS:
+            print(f"{kind}, {layout}: " + "; ".join(f"{way} {totals[kind, layout, way].text}" for way in WAYS))
     if options.device == "H200" and options.suite == "all":
         wrong += missed(totals)
     for line in wrong:
         print(line)
-    both = totals["both", "forward"], totals["both", "backward"]
-    efficiency = min(both[0].efficiencies + both[1].efficiencies)
-    print(f"traffic: forward {both[0].text}; backward {both[1].text}; sector efficiency worst {100 * efficiency:.0f} %")
+    efficiency = min(min(total.efficiencies) for total in totals.values() if total.efficiencies)
+    print("traffic: " + "; ".join(f"{way} {totals['images', 'both', way].text}" for way in WAYS)
+          + f"; sector efficiency worst {100 * efficiency:.0f} %")
     return 1 if wrong else 0
 
 

@@ -49,6 +49,13 @@ def test_workloads_are_well_formed():
     assert {w.suite for w in workloads.load()} == set(workloads.SUITES)
 
 
+def test_videos_come_in_channels_last_too():
+    for w in workloads.select("video-vae"):
+        assert len(w.shape) == 5 and w.layouts("both") == ["contiguous", "channels_last"] and not w.has_block
+    x = measure.random_tensor((1, 8, 2, 3, 4), "channels_last", "cpu", torch.float32)
+    assert x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_default_workloads_exist(device):
     cases = workloads.default(device)

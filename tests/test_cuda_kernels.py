@@ -288,6 +288,18 @@ def test_channels_last_rows_are_whole_sectors(channels, bundle):
     assert r["bundle"] == bundle and r["width"] * 2 % 32 == 0 and r["width"] * 2 >= 64
 
 
+@pytest.mark.parametrize("shape,bundle", [((1, 256, 17, 256, 256), 4), ((1, 128, 17, 256, 256), 8),
+                                          ((1, 512, 16, 180, 320), 2)], ids=str)
+def test_rows_of_videos_hold_groups_enough_for_whole_sectors(shape, bundle):
+    x = laid_out(torch.empty(shape, dtype=torch.bfloat16, device="meta"), "channels_last")
+    for properties in emulated.DEVICES.values():
+        with emulated.device(properties):
+            for plan in plans_of(x, 32):
+                if plan["resident"]:
+                    assert plan["residence"]["bundle"] == bundle
+                    assert plan["residence"]["width"] * 2 >= 64
+
+
 @pytest.mark.parametrize("shape,aligned,vector", [
     ((2, 32, 8, 8), True, 8), ((2, 32, 8, 8), False, 1), ((2, 32, 5, 5), True, 1), ((2, 32, 1, 1), True, 8),
     ((2, 20, 1, 1), True, 1), ((2, 20, 2, 4), True, 8),
