@@ -25,7 +25,7 @@ OUT ?= build/gpu
 # Those that run on the emulated device that is set; the others are the same on each.
 DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload
 
-.PHONY: help build test test-integrations devices sanitize bench gpu traffic sass mutants clean toolkit
+.PHONY: help build test test-integrations devices sanitize bench gpu traffic predict sass mutants clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -50,6 +50,9 @@ sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emu
 
 traffic: build ## count the bytes that the CUDA kernels move, in the emulator
 	$(PY) benchmarks/traffic.py $(ARGS)
+
+predict: build ## predict times on GPUs that are not at hand, from bytes, instructions and waits; writes them down
+	$(PY) benchmarks/time_model.py --write $(ARGS)
 
 bench: build ## build, then run the benchmark
 	$(PY) benchmarks/bench_fused.py $(ARGS)

@@ -13,6 +13,7 @@
 
 #include "cuda/device.h"
 #include "cuda/divisor.h"
+#include "cuda/estimates.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -81,13 +82,6 @@ constexpr int kSmallItem = 8192;          // bytes: smaller groups share a block
 constexpr int kSmallSlice = 4096;         // bytes of a block's part of an item: below, more blocks do not pay
 constexpr int kEnoughResidentBlocks = 2;  // a multiprocessor: one loads while the other stores
 constexpr int kLargeSlice = 32768;        // bytes of it: above, idle multiprocessors are worth a slower exchange
-
-// Estimates for an H200, which nobody has measured yet.
-constexpr double kBytesPerNanosecond = 32;  // that one multiprocessor moves
-constexpr double kLaunch = 2000;            // nanoseconds between dependent kernels
-constexpr double kClusterWait = 1000;       // that a cluster waits for its last block
-constexpr double kWait = 2000;              // the same for a team of a grid
-constexpr double kHiddenWait = 500;         // the same while the next item's loads are in flight
 
 // Vectors of x that a thread of the forward pass keeps in registers, for x and y of those sizes.
 LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) { return x_size <= y_size ? 16 : 0; }
@@ -243,12 +237,11 @@ inline double time_of(const Residence& r, const Shape& shape, const Demand& dema
   const double moved = double(r.width) * double(shape.spatial) * demand.moved + double(read_again(r, shape, demand));
   const bool hidden = r.slots >= r.total() + r.total() / 2;
   const double wait = r.exchange != Exchange::grid ? kClusterWait : hidden ? kHiddenWait : kWait;
-  return double(ceil_div(r.items, r.teams)) * (moved / r.team / kBytesPerNanosecond + wait);
+  return time_of_items(ceil_div(r.items, r.teams), moved / r.team, wait);
 }
 
 inline double time_of_two_passes(const Shape& shape, const Demand& demand, const Device& device) {
-  const double moved = double(shape.elements()) * (demand.moved + demand.bytes);
-  return moved / device.multiprocessors / kBytesPerNanosecond + 2 * kLaunch;
+  return time_of_kernels(2, double(shape.elements()) * (demand.moved + demand.bytes), device.multiprocessors);
 }
 
 // One block a multiprocessor, in teams of equal size that take one item after the other; of the next one as much is in

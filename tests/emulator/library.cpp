@@ -173,6 +173,13 @@ py::dict as_dict(const Streaming& plan) {
 }  // namespace
 
 PYBIND11_MODULE(library, m) {
+  py::dict estimates;
+  estimates["bytes_per_nanosecond"] = kBytesPerNanosecond;
+  estimates["launch"] = kLaunch;
+  estimates["cluster_wait"] = kClusterWait;
+  estimates["wait"] = kWait;
+  estimates["hidden_wait"] = kHiddenWait;
+  m.attr("estimates") = estimates;
   m.def("set_device", [](const py::kwargs& properties) {
     const auto value = [&](const char* name) { return properties[name].cast<int>(); };
     emulator::device = {value("multiprocessors"),

@@ -1,0 +1,35 @@
+// How long things take, as the plan believes, and benchmarks/time_model.py with it. Plain C++.
+//
+// No GPU has measured any of these numbers here. Where they come from:
+//   kBytesPerNanosecond  an H200's data sheet: 90 % of 4.8 TB/s, over 132 multiprocessors. Other devices move less, but
+//                        their waits are about as long: there the plan gives waits too much weight;
+//   kLaunch              what one kernel leaves idle between two others: published measurements of empty kernels in a
+//                        stream or a graph are 1 to 3 us;
+//   kClusterWait         a barrier of a cluster and reads of distributed shared memory, of 180 cycles each (Luo et al.,
+//                        arXiv:2402.13499, on an H100), are some 0.3 us; the rest is that blocks do not end together;
+//   kWait                a barrier through global memory is about 1.5 us for a whole V100 (Zhang et al.,
+//                        arXiv:2004.05371), of three to four trips to L2; again the blocks do not end together;
+//   kHiddenWait          a guess: what of kWait is left if memory is busy meanwhile.
+#pragma once
+
+#include <cstdint>
+
+namespace ldm_fused {
+
+constexpr double kBytesPerNanosecond = 32;  // that one multiprocessor moves
+constexpr double kLaunch = 2000;            // nanoseconds between dependent kernels
+constexpr double kClusterWait = 1000;       // that a cluster waits for its last block
+constexpr double kWait = 2000;              // the same for a team of a grid
+constexpr double kHiddenWait = 500;         // the same while the next item's loads are in flight
+
+// Nanoseconds of blocks, one a multiprocessor, that each take `items` in turn, move `bytes` of each and wait.
+inline double time_of_items(int64_t items, double bytes, double wait) {
+  return double(items) * (bytes / kBytesPerNanosecond + wait);
+}
+
+// Nanoseconds of dependent kernels that together move `bytes`.
+inline double time_of_kernels(int kernels, double bytes, int multiprocessors) {
+  return bytes / multiprocessors / kBytesPerNanosecond + kernels * kLaunch;
+}
+
+}  // namespace ldm_fused
