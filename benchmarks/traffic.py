@@ -233,7 +233,7 @@ def report_blocks(chosen, device, name):
     print(f"{'shape':<20}{'layout':<15}{'inference':>12}{'training':>12}{'sectors':>10}{'count/plan':>12}")
     totals, limits = {"inference": Total(), "training": Total()}, {"inference": 7, "training": 15}
     wrong = []
-    for workload, *counts in distinct(w for w in chosen if w.activation == "silu"):
+    for workload, *counts in distinct(chosen):
         for layout in workload.layouts("both"):
             forward, backward = measure_block(workload, layout, device)
             row = f"{workload.shape_text:<20}{layout:<15}"
@@ -273,7 +273,8 @@ def main(arguments=None):
 
     device = emulated.DEVICES[options.device]
     if options.block:
-        return report_blocks(workloads.select(options.suite), device, options.device)
+        blocks = [w for w in workloads.select(options.suite) if w.has_block]
+        return report_blocks(blocks, device, options.device) if blocks else parser.error("this suite has no blocks")
     kinds = ("images", "videos")
     totals = {(kind, layout, way): Total() for kind in kinds for layout in (*LAYOUTS, "both") for way in WAYS}
     wrong = []

@@ -59,6 +59,12 @@ def test_block_report(capsys):
         assert limit <= weighted <= worst < 1.2 * limit
 
 
+def test_videos_have_no_blocks(capsys):
+    with pytest.raises(SystemExit):
+        traffic.main(["--suite", "video-vae", "--block"])
+    assert "this suite has no blocks" in capsys.readouterr().err
+
+
 def test_block_targets(capsys, monkeypatch):
     monkeypatch.setattr(traffic, "BLOCK_TARGETS", {"inference": 7.0, "training": 15.0})
     assert traffic.main(["--suite", "seed", "--block"]) == 1
