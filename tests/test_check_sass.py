@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import check_sass
+import disassembly
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,9 +157,9 @@ def test_a_jump_back_alone_is_no_loop():
     ("RET.REL.NODEC R2 `(f)", []),
 ])
 def test_what_can_run_next(instruction, expected):
-    code = check_sass.parse_sass(f".text.f:\n.L_x_0:\n /*0000*/ {instruction} ;\n /*0010*/ NOP;\n.L_x_1:\n"
+    code = disassembly.parse_sass(f".text.f:\n.L_x_0:\n /*0000*/ {instruction} ;\n /*0010*/ NOP;\n.L_x_1:\n"
                                  " /*0020*/ EXIT ;\n")["f"]
-    assert check_sass.successors(code)[0] == expected
+    assert disassembly.successors(code)[0] == expected
 
 
 def test_a_branch_to_an_unknown_place_fails():
@@ -180,7 +181,7 @@ def test_a_loop_that_shares_parameters_may_be_narrow_but_tensors_may_not_hide_in
                                           ("LDG.E.EF.128", 16), ("LDG.E.LTC128B", 4), ("LDG.E.LTC128B.128", 16),
                                           ("LDGSTS.E.BYPASS.128", 16), ("STG.E.ENL2.256", 32)])
 def test_widths(opcode, width):
-    access = check_sass.Instruction("0x0", "", opcode, "")
+    access = disassembly.Instruction("0x0", "", opcode, "")
     assert access.is_access and access.width == width
 
 
@@ -346,7 +347,7 @@ def test_a_log_and_a_disassembly_that_do_not_agree_are_an_error(log, disassembly
 
 def test_100_percent_is_said_of_all_only():
     [kernel] = check_sass.examine(PTXAS, SASS)
-    wide, narrow = kernel.accesses[0], check_sass.Instruction("0x0", "", "STG.E", "")
+    wide, narrow = kernel.accesses[0], disassembly.Instruction("0x0", "", "STG.E", "")
     kernel.accesses = [wide] * 9999 + [narrow]
     assert check_sass.percent_wide([kernel]) == "99.9"
 
