@@ -219,27 +219,35 @@ class Kernel:
         """{index: bits} of the instructions that compute with what one of the loop's wide `loads` or exponentials
         has left in a register, a bit for each of these registers; unpacked or moved before, and in the next turn too.
         """
-        found, bit = defaultdict(int), 1
-        after = {i: [j for j in self.flow.after[i] if j in loop.body] for i in loop.body}
+        found, bits = defaultdict(int), {}
         for i in sorted(loop.own):
-            instruction = self.code.instructions[i]
-            if not (self.exponential[i] or i in self.wide and instruction.kind in loads):
-                continue
-            for register in sorted(self.registers[i][0]):
-                seen, todo = set(), [(register, j) for j in after[i]]
-                while todo:
-                    register, j = todo.pop()
-                    if (register, j) in seen:
-                        continue
-                    seen.add((register, j))
-                    written, read = self.registers[j]
-                    if register in read and self.arithmetic[j]:
-                        found[j] |= bit
-                    elif register in read:
-                        todo += [(each, k) for each in written for k in after[j]]
-                    if register not in written or self.code.instructions[j].predicate:
-                        todo += [(register, k) for k in after[j]]
-                bit <<= 1
+            if self.exponential[i] or i in self.wide and self.code.instructions[i].kind in loads:
+                bits[i] = {each: 1 << sum(map(len, bits.values())) + k for k, each in enumerate(self.registers[i][0])}
+        blocks = self.flow.blocks(loop.body)
+        held = {block: defaultdict(int) for block in blocks}  # {register: bits of what it comes from} at its start
+        todo = sorted(blocks, reverse=True)
+        while todo:
+            block = todo.pop()
+            now = held[block].copy()
+            for i in blocks[block]:
+                written, read = self.registers[i]
+                carried = 0
+                for register in read:
+                    carried |= now[register]
+                if self.arithmetic[i]:
+                    found[i] |= carried
+                    carried = 0
+                for register in written:
+                    kept = now[register] if self.code.instructions[i].predicate else 0
+                    now[register] = bits.get(i, {}).get(register, carried) | kept
+            for target in self.flow.after[blocks[block][-1]]:
+                if target not in blocks:
+                    continue
+                more = [(register, some) for register, some in now.items() if some & ~held[target][register]]
+                for register, some in more:
+                    held[target][register] |= some
+                if more and target not in todo:
+                    todo.append(target)
         return found
 
     def turn(self, loop):
