@@ -399,8 +399,8 @@ def cost_of(name, code):
     if not tensors:
         return None
     cost = Cost(tensors)
-    kernel = Kernel(code)
     try:
+        kernel = Kernel(code)
         ways = kernel.ways()
     except ValueError as error:
         cost.unread = str(error)
