@@ -16,14 +16,15 @@ What is counted
     and dropout, shortcuts, biases' gradients and the step from unit to unit, if they are branches, are off. That a way
     uses what it loads keeps two branches that always go together from being taken apart.
   - A loop inside a loop: if it moves vectors it is a phase of its own, and passing it costs its outer loop nothing;
-    else the outer loop pays for one turn. A subroutine costs its shortest way.
+    else, with a loop that does inside of it or not, the outer one pays for one turn. A subroutine costs its shortest
+    way.
   - Of several loops of one phase that one counts which loads most of an element from shared memory (what is not kept on
-    the chip comes from global memory, and is named apart), then exponentiates most an element, then keeps most, and
-    then is the cheapest an element: remainders of less than a batch cost more. A loop that reduces computes something:
-    at least one floating-point operation an element.
+    the chip comes from global memory, and is named apart), then exponentiates most an element, then keeps most, then
+    does most in a turn (others take what is left over), and then is the cheapest. A loop that reduces computes
+    something: at least one floating-point operation an element.
   - A copying loop exists several times: before the first item, while waiting, and in the loop that writes. They are
-    grouped by the loop that they are in; the dearest group counts with its cheapest loop. What a turn of another phase
-    copies by the way is not counted twice.
+    grouped by the loop that they are in, and of each group the one counts that does most in a turn; of these the
+    dearest. What a turn of another phase copies by the way is not counted twice.
   - A kernel's cost is the sum of its phases: each element goes through each once.
 What is not counted: what runs once a unit or an item (prologues, reductions among threads, parameters, exchanges), what
 registers hold across an item (no loop has it), waiting, bank conflicts, and that pipes narrower than the issue, those
@@ -263,7 +264,7 @@ class Kernel:
             for i in each.body:
                 runs.pop(blocks[i], None)
                 blocks[i] = place
-            runs[place] = [] if self.bytes(each.body) else self.turn(each)
+            runs[place] = [] if self.bytes(each.own) else self.turn(each)
             copied[place] = self.bytes(each.body)["LDGSTS"]
         edges = {block: set() for block in runs}
         for i in loop.body:
@@ -421,12 +422,13 @@ def cost_of(name, code):
     for phase in (tensors.reduce, tensors.write):
         found = [way for way in ways if phase and way.phase == phase]
         found.sort(key=lambda way: (-from_shared(way), -way.an_element("exponentials"), -way.of("STS") / way.elements,
-                                    way.an_element("instructions")))
+                                    -way.elements, way.an_element("instructions")))
         if found:
             chosen[phase] = found[0]
-            again = [way for way in found if way.of("LDG") and from_shared(way) < from_shared(found[0])]
-            if again:
-                cost.again[phase] = phase_of(again[0])
+        again = [way for way in found if way.of("LDG") and from_shared(way) < from_shared(found[0])
+                 and not any(other.loop.body < way.loop.body for other in found)]
+        if again:
+            cost.again[phase] = phase_of(again[0])
 
     # What a turn of another phase copies by the way needs no loop of its own.
     alone = 1 - sum(way.of("LDGSTS") / tensors.loaded / way.elements for way in chosen.values())
@@ -435,8 +437,8 @@ def cost_of(name, code):
         if way.phase == "copy":
             copies[id(way.parent)].append(way)
     others = {id(way.loop) for way in ways if way.phase not in ("", "copy")} - {id(way.loop) for way in chosen.values()}
-    copies = [min(some, key=lambda way: way.an_element("instructions")) for parent, some in copies.items()
-              if parent not in others]
+    copies = [min(some, key=lambda way: (-way.elements, way.an_element("instructions")))
+              for parent, some in copies.items() if parent not in others]
     if alone < 1:
         cost.phases["copy"] = Phase(0, 0, 0, 0, "")
     if copies and alone > 0:

@@ -95,6 +95,9 @@ def test_a_remainder_loop_is_not_the_main_one():
     remainder = loop("rest", *load(4), *compute(4), "IADD3 R1, R1, R2, RZ")
     for lines in (STATISTICS + remainder, remainder + STATISTICS, loop("round", *STATISTICS, *remainder)):
         assert cost_of(FORWARD, *lines).phases["statistics"].instructions == 35 / 16
+    # Nor if it is the cheaper one an element.
+    cheap = loop("rest", *load(4), *compute(4, 1), "IADD3 R1, R1, R2, RZ")
+    assert cost_of(FORWARD, *cheap, *STATISTICS).phases["statistics"].instructions == 35 / 16
     # Nor where it is inside of the other, on a way of its own.
     inside = loop("batch", "@P4 BRA > whole", *remainder, "BRA > end", "whole:", *load(4, 8), *compute(4), *compute(8),
                   "end:")
@@ -128,10 +131,16 @@ def test_a_copy_in_the_loop_that_writes_is_a_phase_of_its_own():
     nested = APPLY[:-1] + ["IMAD R1, R2, R3, R4", *COPY] + APPLY[-1:]
     phases = cost_of(FORWARD, *nested).phases
     assert phases["copy"].instructions == 3 / 8 and phases["apply"].instructions == 56 / 16
+    # The outer loop pays for what is around the inner one, a loop too: it is passed once a turn.
+    bursts = loop("bursts", "IMAD R1, R2, R3, R4", *COPY, "IMAD R1, R2, R3, R4")
+    phases = cost_of(FORWARD, *APPLY[:-1], *bursts, *APPLY[-1:]).phases
+    assert phases["copy"].instructions == 3 / 8 and phases["apply"].instructions == 58 / 16
     # What is copied before the first item is another place; the dearer one counts.
     first = loop("first", "LDGSTS.E.BYPASS.128 [R84], [R86]", *["NOP"] * 6)
     assert cost_of(FORWARD, *first, *nested).phases["copy"].instructions == 1
-    # In one place the cheaper one: the other takes what is left over. That in a remainder's loop does not count.
+    # In one place the one that does most in a turn, or the cheaper one. That in a remainder's loop does not count.
+    pairs = loop("pairs", *["LDGSTS.E.BYPASS.128 [R84], [R86]"] * 2, *["NOP"] * 6)
+    assert cost_of(FORWARD, *pairs, *COPY, *APPLY).phases["copy"].instructions == 9 / 16
     assert cost_of(FORWARD, *first, *COPY, *APPLY).phases["copy"].instructions == 3 / 8
     rest = loop("rest", *load(4), *compute(4), *activate(4), *first, *store(4))
     assert cost_of(FORWARD, *COPY, *APPLY, *rest).phases["copy"].instructions == 3 / 8
