@@ -47,16 +47,15 @@ RESIDENT = {
     r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 3),
     # Copies first, while waiting, and while storing; loads what registers hold, and what does not fit, for statistics
     # and again for y; stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
-    # groups, and channels (it has none to publish); the team's groups; the counter's reset and cooperative_groups'
-    # barrier.
-    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 7),
-    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 7),  # registers hold nothing
+    # groups, and channels (it has none to publish); the team's groups; the counter's reset.
+    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
+    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 6),  # registers hold nothing
     # Copies; stores dx. Aside: parameters; the team's groups; totals, and two loops more that write the zeros of a team
     # of no block, of which nvcc does not know that there is none.
     r"resident_backward<.+, \d+, (true|false), false>": (1, 1, 5),
     # Copies as above, and where dx is not wanted; loads what does not fit for the sums, again for dx; stores dx of that
     # and of what was copied. Aside: as above, and totals.
-    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 8),
+    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
 }
 # Those that see only partial results and parameters.
 SMALL = r"merge_statistics|merge_sums|merge_channel_sums|parameter_gradients"
@@ -147,10 +146,14 @@ def judge_resident(code):
     in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
     own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
     registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
-    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not.
+    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not. STRONG accesses
+    are how blocks wait for each other, and of no vector.
     """
     flow = Flow(code)
     streaming, places, asides = [], [], []
+
+    def accesses_of(instructions):
+        return [access for access in flow.accesses(instructions)[0] if "STRONG" not in access.opcode]
 
     def streams(access):
         return access.width >= WIDE or access.kind == "LDGSTS"
@@ -162,16 +165,16 @@ def judge_resident(code):
 
     def walk(loops):
         for loop in loops:
-            accesses = flow.accesses(loop.body)[0]
+            accesses = accesses_of(loop.body)
             if any(map(streams, accesses)):
-                enter(flow.accesses(loop.own)[0])
+                enter(accesses_of(loop.own))
                 walk(loop.inner)
             elif accesses:
                 asides.append(accesses)
 
     outermost = flow.loops()
     walk(outermost)
-    outside = flow.accesses(flow.everything.difference(*(loop.body for loop in outermost)))[0]
+    outside = accesses_of(flow.everything.difference(*(loop.body for loop in outermost)))
     enter([access for access in outside if streams(access)])
     asides += [[access] for access in outside if not streams(access)]
     return streaming, places, asides

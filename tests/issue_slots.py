@@ -108,13 +108,15 @@ def tensors_of(name):
 # ---- The way through a loop -----------------------------------------------------------------------------------------
 
 WIDE = 16  # bytes
-FLOATS = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FMNMX": 1, "HADD2": 2, "HMUL2": 2, "HFMA2": 2}  # operations each
+PAIRS = ("FADD2", "FMUL2", "FFMA2")  # of registers
+FLOATS = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FMNMX": 1, "HADD2": 2, "HMUL2": 2, "HFMA2": 2,  # operations each
+          **dict.fromkeys(PAIRS, 2)}
 
 
 def registers(instruction):
     """The numbers of those that it writes and of those that it reads; of a vector all, of a pair both where it shows."""
     parts = instruction.opcode.split(".")
-    width = 4 if "128" in parts else 2 if "64" in parts or "WIDE" in parts or "F64" in parts else 1
+    width = 4 if "128" in parts else 2 if {"64", "WIDE", "F64"} & set(parts) or parts[0] in PAIRS else 1
     operands = [each.strip() for each in instruction.operands.split(",")]
     numbers = [[int(number) for number in re.findall(r"\bR(\d+)", each)] for each in operands]
     written = set()

@@ -299,6 +299,12 @@ def test_a_split_store_of_a_resident_kernel_fails():
         asides("STG.E.U16 at 0x00a0")]
 
 
+def test_to_wait_for_other_blocks_is_no_narrow_access():
+    poll = "LDG.E.STRONG.GPU R1, desc[UR6][R2.64]"
+    assert with_resident_sass((HELD, f"{HELD} ;\n        /*00a8*/   {poll}")) == []
+    assert with_resident_sass(("EXIT", f"{poll} ;\n        /*00f8*/   EXIT")) == []
+
+
 def test_outside_loops_each_narrow_access_of_a_resident_kernel_is_an_aside():
     stores = " ;\n        /*00f8*/   ".join(["STG.E desc[UR6][R2.64], R0"] * 2 + ["EXIT"])
     assert with_resident_sass(("EXIT", stores.replace("STG.E", "STG.E.128"))) == []
