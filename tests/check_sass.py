@@ -4,6 +4,7 @@
 what ptxas says of it and its disassembly. It fails (status 1) on
   - a spill or a stack frame, in any kernel: local memory is traffic that no plan predicts;
   - a global access of less than 16 bytes in a streaming loop: instructions are then the limit, where memory should be;
+  - more instructions an element than issue_slots.py allows, which says how it counts them;
   - a kernel that the table below does not know, or a streaming one without a loop to judge: not looking is no passing;
   - too many kernels: each adds to the compile time and to the binary.
 What it read is left in build/sass.
@@ -25,6 +26,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import issue_slots
+from disassembly import Flow, parse_sass
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---- The kernels: a new one is entered here -------------------------------------------------------------------------
@@ -43,16 +47,15 @@ RESIDENT = {
     r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 3),
     # Copies first, while waiting, and while storing; loads what registers hold, and what does not fit, for statistics
     # and again for y; stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
-    # groups, and channels (it has none to publish); the team's groups; the counter's reset and cooperative_groups'
-    # barrier.
-    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 7),
-    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 7),  # registers hold nothing
+    # groups, and channels (it has none to publish); the team's groups; the counter's reset.
+    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
+    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 6),  # registers hold nothing
     # Copies; stores dx. Aside: parameters; the team's groups; totals, and two loops more that write the zeros of a team
     # of no block, of which nvcc does not know that there is none.
     r"resident_backward<.+, \d+, (true|false), false>": (1, 1, 5),
     # Copies as above, and where dx is not wanted; loads what does not fit for the sums, again for dx; stores dx of that
     # and of what was copied. Aside: as above, and totals.
-    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 8),
+    r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
 }
 # Those that see only partial results and parameters.
 SMALL = r"merge_statistics|merge_sums|merge_channel_sums|parameter_gradients"
@@ -92,6 +95,7 @@ class Function:
     places: list = field(default_factory=list)  # a resident kernel's: the wide accesses of each place that has some
     asides: list = field(default_factory=list)  # a resident kernel's: the accesses of each
     unread: str = ""  # why the disassembly could not be followed
+    cost: issue_slots.Cost = None  # of a kernel that issue_slots judges
 
 
 def parse_ptxas(log):
@@ -113,143 +117,6 @@ def parse_ptxas(log):
 
 
 # ---- The disassembly ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Instruction:
-    address: str
-    predicate: str
-    opcode: str  # with what it is modified by, as in LDG.E.128
-    operands: str
-
-    def __str__(self):
-        return f"{self.opcode} at {self.address}"
-
-    @property
-    def kind(self):
-        return self.opcode.split(".")[0]
-
-    @property
-    def is_access(self):
-        """Of global memory, or (LD, ST) of memory that may be global."""
-        return self.kind in ("LDG", "STG", "LD", "ST", "LDGSTS")
-
-    @property
-    def width(self):
-        """Bytes that a thread moves. A size is a part of the opcode of its own: LTC128B is a hint for the L2 cache."""
-        sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-        return next((sizes[part] for part in self.opcode.split(".") if part in sizes), 4)
-
-
-@dataclass
-class Code:
-    """A function, and behind it the subroutines that ptxas gave it."""
-    instructions: list = field(default_factory=list)
-    labels: dict = field(default_factory=dict)  # index of the instruction behind each
-
-
-def parse_sass(disassembly):
-    """{mangled name: Code} of what `nvdisasm -c` prints."""
-    functions, code = {}, Code()
-    for line in disassembly.splitlines():
-        if m := re.match(r"\.text\.(.+):$", line):
-            code = functions[m[1]] = Code()
-        elif m := re.match(r"([.$\w]+):$", line):
-            code.labels[m[1]] = len(code.instructions)
-        elif m := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@\S+\s)?\s*([A-Z]\S*)\s*([^;]*);", line):
-            code.instructions.append(Instruction("0x" + m[1], m[2] or "", m[3], m[4]))
-    return functions
-
-
-def successors(code):
-    """For each instruction, the indices of those that can run next; of a call, of the one that it returns to.
-
-    BSSY and BSYNC need no thought: the label at which threads meet again is right behind BSYNC.
-    """
-    result = []
-    for i, instruction in enumerate(code.instructions):
-        targets, goes_on = [], True
-        if instruction.kind == "CALL":
-            # Subroutines have names. Of a mere label it is how code for sm_80 to sm_89 leaves a loop, for good.
-            targets = [code.labels[label] for label in re.findall(r"\.L\w+", instruction.operands)]
-        elif instruction.kind in ("EXIT", "RET"):
-            goes_on = bool(instruction.predicate)
-        elif instruction.kind in ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU"):
-            targets = [code.labels[label] for label in re.findall(r"\.L\w+", instruction.operands)]
-            if not targets:
-                raise ValueError(f"the disassembly does not say where {instruction} goes")
-            # Conditional by a predicate before it, by one among its operands, or where threads diverge (BRA.DIV).
-            goes_on = bool(instruction.predicate or re.match(r"!?U?P\d", instruction.operands)
-                           or ".DIV" in instruction.opcode)
-        result.append(targets + [i + 1] * (goes_on and i + 1 < len(code.instructions)))
-    return result
-
-
-def reachable(start, edges, within):
-    """What can be reached from `start` in one step or more; `start` itself only if a cycle leads back to it."""
-    seen, todo = set(), [start]
-    while todo:
-        for i in edges[todo.pop()]:
-            if i in within and i not in seen:
-                seen.add(i)
-                todo.append(i)
-    return seen
-
-
-@dataclass
-class Loop:
-    body: set  # indices of instructions
-    inner: list  # the Loops in it
-
-    @property
-    def own(self):
-        return self.body.difference(*(loop.body for loop in self.inner))
-
-
-class Flow:
-    """What runs after what in a function."""
-
-    def __init__(self, code):
-        self.code, self.after = code, successors(code)
-        self.before = [[] for _ in self.after]
-        for i, targets in enumerate(self.after):
-            for j in targets:
-                self.before[j].append(i)
-        self.everything = set(range(len(self.after)))
-
-    def cycles(self, within):
-        """Disjoint: the largest sets of instructions that can all run again after each other."""
-        found = []
-        for head in sorted({j for i in within for j in self.after[i] if j <= i}):  # somewhere each cycle goes back
-            if head in within and not any(head in cycle for cycle in found):
-                cycle = reachable(head, self.after, within) & reachable(head, self.before, within)
-                found += [cycle] if cycle else []
-        return found
-
-    def loops(self, within=None):
-        """The outermost ones."""
-        found = []
-        for body in self.cycles(self.everything if within is None else within):
-            entries = {i for i in body if set(self.before[i]) - body} or {min(body)}
-            found.append(Loop(body, self.loops(body - entries)))  # without its entry it does not run again, others do
-        return found
-
-    def accesses(self, instructions):
-        """The global ones of these instructions and of the subroutines that they call; whether there are stores to
-        shared memory."""
-        found, todo = set(instructions), list(instructions)
-        while todo:
-            call = self.code.instructions[todo.pop()]
-            if call.kind == "CALL" and "`(.L" not in call.operands:
-                label = re.search(r"`\((.+?)\)", call.operands)
-                if not label or label[1] not in self.code.labels:
-                    raise ValueError(f"a loop calls code that is elsewhere: {call}")
-                start = self.code.labels[label[1]]
-                subroutine = {start} | reachable(start, self.after, self.everything)
-                todo += subroutine - found
-                found |= subroutine
-        found = [self.code.instructions[i] for i in sorted(found)]
-        return [each for each in found if each.is_access], any(each.kind == "STS" for each in found)
 
 
 def streaming_loops(code):
@@ -279,10 +146,14 @@ def judge_resident(code):
     in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
     own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
     registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
-    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not.
+    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not. STRONG accesses
+    are how blocks wait for each other, and of no vector.
     """
     flow = Flow(code)
     streaming, places, asides = [], [], []
+
+    def accesses_of(instructions):
+        return [access for access in flow.accesses(instructions)[0] if "STRONG" not in access.opcode]
 
     def streams(access):
         return access.width >= WIDE or access.kind == "LDGSTS"
@@ -294,16 +165,16 @@ def judge_resident(code):
 
     def walk(loops):
         for loop in loops:
-            accesses = flow.accesses(loop.body)[0]
+            accesses = accesses_of(loop.body)
             if any(map(streams, accesses)):
-                enter(flow.accesses(loop.own)[0])
+                enter(accesses_of(loop.own))
                 walk(loop.inner)
             elif accesses:
                 asides.append(accesses)
 
     outermost = flow.loops()
     walk(outermost)
-    outside = flow.accesses(flow.everything.difference(*(loop.body for loop in outermost)))[0]
+    outside = accesses_of(flow.everything.difference(*(loop.body for loop in outermost)))
     enter([access for access in outside if streams(access)])
     asides += [[access] for access in outside if not streams(access)]
     return streaming, places, asides
@@ -337,6 +208,7 @@ def examine(log, disassembly):
                 function.accesses, function.places, function.asides = judge_resident(code)
         except ValueError as error:
             function.unread = str(error)
+        function.cost = issue_slots.cost_of(function.name, code) if code else None
     return list(functions.values())
 
 
@@ -474,7 +346,13 @@ def main():
         except (OSError, RuntimeError) as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(f"sass: {error}")
-    return 0 if report(functions, options.all) else 1
+    costs = {arch: {f.name: f.cost for f in some if f.cost} for arch, some in functions.items()}
+    if issue_slots.ARCH in costs:
+        issue_slots.write(costs[issue_slots.ARCH], ROOT / "build" / "sass" / "issue.json")
+    fast, line = issue_slots.report(costs, options.all)
+    sound = report(functions, options.all)
+    print(line)
+    return 0 if sound and fast else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import check_sass
+import disassembly
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,9 +157,9 @@ def test_a_jump_back_alone_is_no_loop():
     ("RET.REL.NODEC R2 `(f)", []),
 ])
 def test_what_can_run_next(instruction, expected):
-    code = check_sass.parse_sass(f".text.f:\n.L_x_0:\n /*0000*/ {instruction} ;\n /*0010*/ NOP;\n.L_x_1:\n"
+    code = disassembly.parse_sass(f".text.f:\n.L_x_0:\n /*0000*/ {instruction} ;\n /*0010*/ NOP;\n.L_x_1:\n"
                                  " /*0020*/ EXIT ;\n")["f"]
-    assert check_sass.successors(code)[0] == expected
+    assert disassembly.successors(code)[0] == expected
 
 
 def test_a_branch_to_an_unknown_place_fails():
@@ -180,7 +181,7 @@ def test_a_loop_that_shares_parameters_may_be_narrow_but_tensors_may_not_hide_in
                                           ("LDG.E.EF.128", 16), ("LDG.E.LTC128B", 4), ("LDG.E.LTC128B.128", 16),
                                           ("LDGSTS.E.BYPASS.128", 16), ("STG.E.ENL2.256", 32)])
 def test_widths(opcode, width):
-    access = check_sass.Instruction("0x0", "", opcode, "")
+    access = disassembly.Instruction("0x0", "", opcode, "")
     assert access.is_access and access.width == width
 
 
@@ -298,6 +299,12 @@ def test_a_split_store_of_a_resident_kernel_fails():
         asides("STG.E.U16 at 0x00a0")]
 
 
+def test_to_wait_for_other_blocks_is_no_narrow_access():
+    poll = "LDG.E.STRONG.GPU R1, desc[UR6][R2.64]"
+    assert with_resident_sass((HELD, f"{HELD} ;\n        /*00a8*/   {poll}")) == []
+    assert with_resident_sass(("EXIT", f"{poll} ;\n        /*00f8*/   EXIT")) == []
+
+
 def test_outside_loops_each_narrow_access_of_a_resident_kernel_is_an_aside():
     stores = " ;\n        /*00f8*/   ".join(["STG.E desc[UR6][R2.64], R0"] * 2 + ["EXIT"])
     assert with_resident_sass(("EXIT", stores.replace("STG.E", "STG.E.128"))) == []
@@ -346,7 +353,7 @@ def test_a_log_and_a_disassembly_that_do_not_agree_are_an_error(log, disassembly
 
 def test_100_percent_is_said_of_all_only():
     [kernel] = check_sass.examine(PTXAS, SASS)
-    wide, narrow = kernel.accesses[0], check_sass.Instruction("0x0", "", "STG.E", "")
+    wide, narrow = kernel.accesses[0], disassembly.Instruction("0x0", "", "STG.E", "")
     kernel.accesses = [wide] * 9999 + [narrow]
     assert check_sass.percent_wide([kernel]) == "99.9"
 
