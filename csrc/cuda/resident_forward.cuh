@@ -190,7 +190,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
       if (lane_index() > 0) continue;
       const float rstd = 1.0f / sqrtf(all.m2 / all.count + float(p.eps));
       tables.groups[g] = {all.mean, rstd};
-      if (team.rank > 0) continue;
+      if (team.rank > 0 || p.mean == nullptr) continue;
       const int64_t index = shape.group(item.n, item.c) + g;
       static_cast<float*>(p.mean)[index] = all.mean;
       static_cast<float*>(p.rstd)[index] = rstd;
