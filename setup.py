@@ -16,8 +16,8 @@ import sysconfig
 
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/group_norm_act.cpp", "csrc/cpu/bias_add_residual.cpp",
            *(f"csrc/cpu/kernels_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512_bf16"))]
-CUDA_SOURCES = ["csrc/cuda/group_norm_act.cu", "csrc/cuda/bias_add_residual.cu"]
-CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # those that nvcc knows; the last one as PTX too
+CUDA_SOURCES = ["csrc/cuda/device.cu", "csrc/cuda/group_norm_act.cu", "csrc/cuda/bias_add_residual.cu"]
+CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]  # those that nvcc knows; the last one as PTX too
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
 if sys.prefix != sys.base_prefix:  # a virtual environment's ninja counts, activated or not

@@ -2,7 +2,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <exception>
+
 #include "cpu/isa.h"
+#include "cuda/device.h"
 
 STABLE_TORCH_LIBRARY(ldm_fused, m) {
   // y = dropout(act(group_norm(x + pre_bias) * (1 + scale) + shift)), and the statistics (N, G) that backward needs.
@@ -12,7 +15,7 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
       "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? pre_bias, "
       "Tensor? scale, Tensor? shift, ScalarType? out_dtype, Tensor? dropout_seed=None, float dropout_p=0.0) "
       "-> (Tensor y, Tensor mean, Tensor rstd)");
-  // y alone, on the CPU, for the common arguments: small calls are bound by what is passed and returned.
+  // y alone, for the common arguments: small calls are bound by what is passed and returned.
   m.def(
       "group_norm_act_inference(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
       "Tensor y");
@@ -42,9 +45,33 @@ static PyObject* build_info(PyObject*, PyObject*) {
                        "cpu_isa", ldm_fused::cpu::isa(), "cpu_isas", ldm_fused::cpu::isas().c_str());
 }
 
+static PyObject* limit_multiprocessors(PyObject*, PyObject* limit) {
+  const long most = PyLong_AsLong(limit);
+  if (most == -1 && PyErr_Occurred()) return nullptr;
+  return PyLong_FromLong(ldm_fused::cuda::multiprocessor_limit.exchange(int(most)));
+}
+
+static PyObject* has_cuda_code(PyObject*, PyObject* device) {
+  const long ordinal = PyLong_AsLong(device);
+  if (ordinal == -1 && PyErr_Occurred()) return nullptr;
+#ifdef USE_CUDA
+  try {
+    return PyBool_FromLong(ldm_fused::cuda::has_code(int(ordinal)));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+#else
+  Py_RETURN_FALSE;
+#endif
+}
+
 static PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
      "What this binary was built of and runs on, all strings; those of CUDA are empty without it."},
+    {"limit_multiprocessors", limit_multiprocessors, METH_O,
+     "Sets csrc/cuda/device.h's multiprocessor_limit, and returns what it was."},
+    {"has_cuda_code", has_cuda_code, METH_O, "Whether there is code in this binary that the CUDA device runs."},
     {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -196,6 +196,12 @@ struct ForwardCall {
   }
 
   bool is_empty() const { return shape.elements() == 0; }
+
+  // Refuses what functional.checked() in Python does beyond the above, and empty tensors, which it asks PyTorch about.
+  void check_as_python_does(const OptionalTensor& weight, const OptionalTensor& bias) const {
+    STD_TORCH_CHECK(shape.elements() > shape.batch * shape.groups, "x must have more than 1 value per group");
+    STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
+  }
 };
 
 struct BackwardCall {

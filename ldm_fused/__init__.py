@@ -3,6 +3,7 @@
 from . import ops, reference
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
+from .ops import limit_multiprocessors
 from .patching import Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, report, unpatch
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "group_norm_act",
     "group_norm_silu",
     "is_patched",
+    "limit_multiprocessors",
     "patch",
     "patched",
     "reference",

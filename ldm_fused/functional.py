@@ -100,12 +100,12 @@ def group_norm_act(
 
 
 def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
-    """The op on a CPU where nothing has to be differentiated, or None where that is not so.
+    """The op where nothing has to be differentiated and no dtype be cast, or None where that is not so.
 
     The checks of :func:`checked` cost half as much as a small GroupNorm. So here the op itself refuses whatever they
     would, and they are made only then, to say what is wrong.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not (x.is_cpu or _is_plain_cuda(x)):
         return None
     if type(num_groups) is not int or type(eps) is not float or activation not in _ACTIVATIONS:
         return None
@@ -120,10 +120,22 @@ def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]
         return None
 
 
+def _is_plain_cuda(x: Tensor) -> bool:
+    """Whether x is a CUDA tensor that its device's kernels take as it is."""
+    return (x.is_cuda and "cuda" in _KERNEL_DEVICES and not torch.is_autocast_enabled("cuda")
+            and ops.has_cuda_code(x.get_device()))
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the ops have kernels where x lives; else they are composed of PyTorch ops."""
+    device = x.device
+    return device.type in _KERNEL_DEVICES and (device.type != "cuda" or ops.has_cuda_code(device.index))
+
+
 def run(a: ops.Arguments) -> Tensor:
     """The op on checked arguments, by the cheapest route that is right where it is called."""
-    if a.x.device.type not in _KERNEL_DEVICES:
-        _warn_without_kernels(a.x.device.type)
+    if not has_kernels(a.x):
+        _warn_without_kernels(a.x.device)
         return ops.composed(a)
     if ops.in_transform():
         return ops.composed(a)
@@ -141,7 +153,7 @@ def run_with_dropout(a: ops.Arguments, p: float) -> Tensor:
     p = _number(p, "dropout_p")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
-    if a.x.device.type not in _KERNEL_DEVICES or ops.in_transform() or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT:
+    if not has_kernels(a.x) or ops.in_transform() or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT:
         return F.dropout(run(a), p)
     seed = torch.randint(2**63 - 1, (1,), device=a.x.device)
     return run(a._replace(dropout_seed=seed, dropout_p=p))
@@ -150,7 +162,7 @@ def run_with_dropout(a: ops.Arguments, p: float) -> Tensor:
 def run_and_shortcut(a: ops.Arguments):
     """:func:`run`, and x for whoever else reads it: in eager mode what reaches x from there costs no pass of its own."""
     differentiable = torch.is_grad_enabled() and a.x.requires_grad
-    if differentiable and a.x.device.type in _KERNEL_DEVICES and not (
+    if differentiable and has_kernels(a.x) and not (
             ops.in_transform() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return ops.GroupNormActAndShortcut.apply(*a)
     return run(a), a.x
@@ -195,8 +207,8 @@ def bias_add_residual(
     if residual_bias is not None:
         _check_parameter(residual_bias, "residual_bias", residual.dtype, x.device, channels, None)
     a = ops.ResidualArguments(x, residual, bias, residual_bias, _number(scale, "scale"))
-    if x.device.type not in _KERNEL_DEVICES:
-        _warn_without_kernels(x.device.type)
+    if not has_kernels(x):
+        _warn_without_kernels(x.device)
         return ops.composed_residual(a)
     if x.dtype != residual.dtype or ops.in_transform():
         return ops.composed_residual(a)
@@ -222,12 +234,17 @@ def _castable(t, x: Tensor):
     return t
 
 
-def _warn_without_kernels(device_type: str) -> None:
-    if device_type in _warned or torch.compiler.is_compiling():
+def _warn_without_kernels(device: torch.device) -> None:
+    if device.type in _warned or torch.compiler.is_compiling():
         return
-    _warned.add(device_type)
-    rebuild = "Build it again where PyTorch and nvcc have CUDA to get them." if device_type == "cuda" else ""
-    warnings.warn(f"ldm_fused has no kernels for '{device_type}' tensors in this build, and composes the op of PyTorch "
+    _warned.add(device.type)
+    rebuild = ""
+    if device.type in _KERNEL_DEVICES:
+        rebuild = (f"{device} runs none of the code that it has. Build it again with this GPU's architecture in "
+                   f"TORCH_CUDA_ARCH_LIST to get it.")
+    elif device.type == "cuda":
+        rebuild = "Build it again where PyTorch and nvcc have CUDA to get them."
+    warnings.warn(f"ldm_fused has no kernels for '{device.type}' tensors in this build, and composes the op of PyTorch "
                   f"ops. {rebuild}", stacklevel=4)
 
 

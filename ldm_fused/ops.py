@@ -25,7 +25,7 @@ except ImportError as error:
 
 group_norm_act = torch.ops.ldm_fused.group_norm_act.default
 group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
-# Without a fake kernel, so that whatever is no plain CPU tensor is refused.
+# Without a fake kernel, so that whatever is no plain tensor is refused.
 group_norm_act_inference = torch.ops.ldm_fused.group_norm_act_inference.default
 
 bias_add_residual = torch.ops.ldm_fused.bias_add_residual.default
@@ -36,6 +36,55 @@ HAS_CUDA = bool(_C.build_info()["cuda"])
 if os.environ.get("LDM_FUSED_CPU_ISA", "") not in ("", *_C.build_info()["cpu_isas"].split(";")):
     raise ImportError(f"LDM_FUSED_CPU_ISA is '{os.environ['LDM_FUSED_CPU_ISA']}', and this processor has "
                       f"{_C.build_info()['cpu_isas'].replace(';', ', ')}.")
+
+
+def limit_multiprocessors(limit: Optional[int]) -> Optional[int]:
+    """Bounds how many multiprocessors CUDA kernels are planned for from now on, on all devices of this process.
+
+    The largest groups are shared by a cooperative grid, which starts when every multiprocessor that it was planned for
+    is free. Beside kernels that occupy some of them until another rank answers, as NCCL's do under DDP and FSDP, it
+    waits, and what waits for it waits too. Kernels that are planned for fewer leave room for those. Results may differ
+    in the last bits from those of another bound, because the order of sums does.
+
+    Args:
+        limit: at least 1: plans use at most so many multiprocessors; 0: all of them, but no grids, and what no block
+            or cluster can hold takes two passes; None: no bound. The environment variable
+            ``LDM_FUSED_MULTIPROCESSORS`` sets the first one.
+
+    Returns:
+        The bound until now.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        raise TypeError(f"limit must be an int or None, got {limit!r}")
+    if limit is not None and not 0 <= limit < 2**31:
+        raise ValueError(f"limit must be at least 0 and below 2^31, got {limit}")
+    before = _C.limit_multiprocessors(-1 if limit is None else limit)
+    return None if before < 0 else before
+
+
+if os.environ.get("LDM_FUSED_MULTIPROCESSORS"):
+    try:
+        limit_multiprocessors(int(os.environ["LDM_FUSED_MULTIPROCESSORS"]))
+    except ValueError:
+        raise ImportError(f"LDM_FUSED_MULTIPROCESSORS is '{os.environ['LDM_FUSED_MULTIPROCESSORS']}', and must be a "
+                          f"number of multiprocessors, or 0.") from None
+
+_devices_with_code = {}  # by index
+
+
+@torch.compiler.assume_constant_result
+def has_cuda_code(index: int) -> bool:
+    """Whether a CUDA device runs the code that this build has; it is asked once."""
+    found = _devices_with_code.get(index)
+    if found is None:
+        try:
+            found = _devices_with_code[index] = _C.has_cuda_code(index)
+        except RuntimeError:  # there is no such device: a tensor on it is a fake one
+            return True
+    return found
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -111,7 +111,7 @@ def _is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.devi
 
 
 def _has_separate_bias(x: Tensor) -> bool:
-    return x.is_cuda and ops.HAS_CUDA
+    return x.is_cuda and functional.has_kernels(x)
 
 
 def convolution(conv: nn.Module, x: Tensor, left: Optional[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 LDM_FUSED_EMULATED_DEVICE names another of ``DEVICES`` to run on than the default.
 """
 
+import itertools
 import os
 from contextlib import contextmanager
 
@@ -33,15 +34,18 @@ SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors
 _default = DEVICES[os.environ["LDM_FUSED_EMULATED_DEVICE"]] if "LDM_FUSED_EMULATED_DEVICE" in os.environ else SMALL
 
 _schemas = torch.library.Library("ldm_fused_emulated", "DEF")
-for _op in (ops.group_norm_act, ops.group_norm_act_backward, ops.bias_add_residual, ops.channel_sums):
+for _op in (ops.group_norm_act, ops.group_norm_act_inference, ops.group_norm_act_backward, ops.bias_add_residual,
+            ops.channel_sums):
     _schemas.define(str(_op._schema).removeprefix("ldm_fused::"))
 
 _library = build.load("library")  # registers the kernels
+_copies = itertools.count(1)
 _current = _default
-_library.set_device(**_current)
+_library.set_device(_current)
 ESTIMATES = dict(_library.estimates)  # of csrc/cuda/estimates.h: nanoseconds, and bytes a nanosecond
 
 group_norm_act = torch.ops.ldm_fused_emulated.group_norm_act.default
+group_norm_act_inference = torch.ops.ldm_fused_emulated.group_norm_act_inference.default
 group_norm_act_backward = torch.ops.ldm_fused_emulated.group_norm_act_backward.default
 bias_add_residual = torch.ops.ldm_fused_emulated.bias_add_residual.default
 channel_sums = torch.ops.ldm_fused_emulated.channel_sums.default
@@ -52,12 +56,74 @@ def device(properties):
     """Launches run on a device of these properties, as those in ``DEVICES``."""
     global _current
     before, _current = _current, properties
-    _library.set_device(**_current)
+    _library.set_device(_current)
     try:
         yield
     finally:
         _current = before
-        _library.set_device(**_current)
+        _library.set_device(_current)
+
+
+def fresh(properties):
+    """A device of these properties that nothing is known of yet."""
+    return dict(properties, copy=next(_copies))
+
+
+def has_code():
+    """Whether the device runs the binary's code."""
+    return _library.has_code()
+
+
+@contextmanager
+def multiprocessors(limit):
+    """Plans use so many of the device's."""
+    before = _library.limit_multiprocessors(limit)
+    try:
+        yield
+    finally:
+        _library.limit_multiprocessors(before)
+
+
+@contextmanager
+def runtime_calls():
+    """Gives a dict that holds, at the end, how often each function of the CUDA runtime was called."""
+    calls = {}
+    _library.take_runtime_calls()
+    try:
+        yield calls
+    finally:
+        calls.update(_library.take_runtime_calls())
+
+
+@contextmanager
+def allocated():
+    """Gives a list that holds, at the end, the number of elements of each tensor that an op has made."""
+    elements = []
+    _library.take_allocated()
+    try:
+        yield elements
+    finally:
+        elements += _library.take_allocated()
+
+
+@contextmanager
+def captured():
+    """Gives a function that says, later, what the launches of here would come to if they were made again."""
+    _library.capture(True)
+    try:
+        yield _library.replay
+    finally:
+        _library.capture(False)
+
+
+@contextmanager
+def kernels_that_do_nothing():
+    """Kernels are launched, and do not run; nothing is watched."""
+    _library.run_kernels(False)
+    try:
+        yield
+    finally:
+        _library.run_kernels(True)
 
 
 @contextmanager

@@ -466,12 +466,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
   return {call.y, call.mean, call.rstd};
 }
 
-// Refuses all that functional.checked() in Python does (empty tensors too, which it asks PyTorch about).
 Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                 const OptionalTensor& bias, double eps, bool silu) {
   const ForwardCall call(x, num_groups, weight, bias, {}, {}, {}, {}, false);
-  STD_TORCH_CHECK(call.shape.elements() > call.shape.batch * num_groups, "x must have more than 1 value per group");
-  STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
+  call.check_as_python_does(weight, bias);
   run(call, eps, silu, {});
   return call.y;
 }

@@ -13,7 +13,7 @@ Tensor bias_add_residual(const Tensor& x, const Tensor& residual, const Optional
   if (call.is_empty()) return call.y;
   const auto bytes = [](const Parameter& p) { return p.data ? size_of(p.dtype) : 0; };
   const Streaming plan = plan_residual(call.shape, call.dtype, is_aligned(call.x) && is_aligned(call.residual),
-                                       bytes(call.bias) + bytes(call.residual_bias), device_of(x));
+                                       bytes(call.bias) + bytes(call.residual_bias), device_of(x.get_device_index()));
   const ResidualParams params{call.x.data_ptr(),  call.residual.data_ptr(),
                               call.y.data_ptr(),  call.bias,
                               call.residual_bias, call.shape,
@@ -26,9 +26,9 @@ Tensor channel_sums(const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ChannelSumsCall call(x);
   if (call.is_empty()) return call.sums;
-  const Streaming plan = plan_channel_sums(call.shape, call.dtype, is_aligned(call.x), device_of(x));
-  const Tensor partials = workspace(partials_of(call.shape, plan.tiling), call.x);
-  const ChannelSumsParams params{call.x.data_ptr(), partials.data_ptr(), call.sums.data_ptr(), call.shape, plan.tiling};
+  const Streaming plan = plan_channel_sums(call.shape, call.dtype, is_aligned(call.x), device_of(x.get_device_index()));
+  const Workspace partials(partials_of(call.shape, plan.tiling), call.x);
+  const ChannelSumsParams params{call.x.data_ptr(), partials.data(), call.sums.data_ptr(), call.shape, plan.tiling};
   check(launch_channel_sums(params, call.dtype, current_stream(x)), "channel_sums");
   return call.sums;
 }

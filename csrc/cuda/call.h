@@ -21,25 +21,26 @@ inline cudaStream_t current_stream(const Tensor& on) {
 }
 
 inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
-}
-
-inline Device device_of(const Tensor& t) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, t.get_device_index()), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrClusterLaunch) ? kLargestCluster : 1};
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: who asks next is not told again
+  STD_TORCH_CHECK(false, what, " failed: ", cudaGetErrorString(error));
 }
 
 inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
 
-// Allocated on the current stream and freed in its order: safe under graph capture and on concurrent streams.
-inline Tensor workspace(int64_t elements, const Tensor& like) {
-  return empty({elements}, accumulate_type(like.scalar_type()), like);
-}
+// Allocated on the current stream and freed in its order: safe under graph capture and on concurrent streams. Nothing
+// is allocated for no elements.
+class Workspace {
+ public:
+  Workspace(int64_t elements, const Tensor& like) {
+    if (elements > 0) memory_ = empty({elements}, accumulate_type(like.scalar_type()), like);
+  }
+
+  void* data() const { return memory_ ? memory_->data_ptr() : nullptr; }
+
+ private:
+  OptionalTensor memory_;
+};
 
 }  // namespace cuda
 }  // namespace ldm_fused

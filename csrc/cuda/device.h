@@ -1,21 +1,45 @@
-// What a plan looks at of a device. Plain C++.
+// What a plan looks at of a device, and where it is asked for. Plain C++.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "dtypes.h"
 
 namespace ldm_fused {
 
-constexpr int kLargestCluster = 16;  // where there are clusters; above 8 it depends on the device's layout
+constexpr int kLargestCluster = 16;  // where there are clusters
+constexpr int kPortableCluster = 8;  // above, it depends on the kernel and on the device's layout
 
 struct Device {
-  int multiprocessors;
+  int multiprocessors;   // that a plan may use
   int shared_per_block;  // bytes, for a kernel that asks for more than 48 KB
   int max_cluster;       // blocks of a cluster; 1: there are none
+  bool grids = true;     // whether a launch may wait until it has all of them for itself
 };
 
 LDM_FUSED_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LDM_FUSED_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+namespace cuda {
+
+// Multiprocessors that plans may use from now on; 0: all, but no grids; below 0: all.
+inline std::atomic<int> multiprocessor_limit{-1};
+
+// What plans may use of a device now. The device itself is asked once.
+Device device_of(int ordinal);
+
+// Whether this binary has code that the device runs.
+bool has_code(int ordinal);
+
+// Bytes of dynamic shared memory that a kernel can be allowed.
+int most_shared_bytes(int ordinal);
+
+// Plans no grids of so many blocks, or more, from now on.
+void forbid_grids(int ordinal, int blocks);
+
+// Of this binary, which has them all for the same architectures.
+const void* any_kernel();
+
+}  // namespace cuda
 }  // namespace ldm_fused

@@ -10,8 +10,8 @@ namespace ldm_fused {
 struct ForwardParams {
   const void* x;   // in, dtype X
   void* y;         // out, dtype Y, same layout
-  void* mean;      // out, (N, G) of Accumulate<X>: mean of x + pre_bias
-  void* rstd;      // out, (N, G) of Accumulate<X>: 1 / sqrt(var + eps)
+  void* mean;      // out, (N, G) of Accumulate<X>: mean of x + pre_bias; null: not wanted, by one read alone
+  void* rstd;      // out, (N, G) of Accumulate<X>: 1 / sqrt(var + eps); null with mean
   void* partials;  // workspace: mean and m2 of a channel's chunk (two passes), or what blocks exchange (grid)
   Affine affine;   // in
   Shape shape;
@@ -20,6 +20,7 @@ struct ForwardParams {
   double eps;
   Dropout dropout;
   bool silu;
+  int device;  // for the launch
 };
 
 struct BackwardParams {
@@ -30,8 +31,8 @@ struct BackwardParams {
   const void* shortcut;  // in, dtype X, same layout: added to dx; null: nothing
   void* dx;              // out, dtype X, same layout; null: not wanted
   void* partials;        // workspace: GradientSums of a channel's chunk (two passes), or what blocks exchange (grid)
-  void* totals;          // workspace, (sums, N, C) of Accumulate<X>: GradientSums of a channel
-  void* projections;     // workspace, (N, G) of Projection<Accumulate<X>>
+  void* totals;          // workspace, (sums, N, C) of Accumulate<X>: GradientSums of a channel. Null: not needed
+  void* projections;     // workspace, (N, G) of Projection<Accumulate<X>>. Null: not needed
   Affine affine;         // in
   Gradients gradients;   // out
   Shape shape;
@@ -40,6 +41,7 @@ struct BackwardParams {
   Dropout dropout;
   int sums;  // 2, or 3 where dpre_bias is wanted
   bool silu;
+  int device;  // for the launch
 };
 
 struct ResidualParams {

@@ -280,7 +280,7 @@ inline bool reside(const Shape& shape, const Demand& demand, const Device& devic
   const int64_t slice = shape.spatial * width * demand.bytes / std::max(1, found.team);
   if (fits && (slice <= kLargeSlice || 4 * found.blocks() >= 3 * device.multiprocessors)) return true;
   Residence in_grid{};
-  if (reside_in_grid(shape, columns, bundle, demand, device, in_grid)) {
+  if (device.grids && reside_in_grid(shape, columns, bundle, demand, device, in_grid)) {
     const double time = time_of(in_grid, shape, demand);
     if (time < (fits ? time_of(found, shape, demand) : time_of_two_passes(shape, demand, device))) {
       found = in_grid;

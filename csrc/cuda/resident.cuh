@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/common.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/team.cuh"
 
@@ -398,55 +398,6 @@ __device__ __forceinline__ void merge_warp_rows(T& value, const Residence& r) {
     if (row + half < height) value.merge(other);
     height = half;
   }
-}
-
-// ---- Launching ------------------------------------------------------------------------------------------------
-
-// cudaErrorCooperativeLaunchTooLarge: the device has no room for a team.
-template <class Params>
-cudaError_t launch_resident(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
-  const Residence& r = params.residence;
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(r.blocks()));
-  config.blockDim = dim3(unsigned(r.threads));
-  config.dynamicSmemBytes = size_t(r.shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = r.exchange != Exchange::block;
-  if (r.exchange == Exchange::grid) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(r.team), 1, 1};
-  }
-  if (r.shared_bytes > 48 * 1024) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, r.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  if (r.exchange == Exchange::cluster && r.team > 8) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
-  if (r.exchange == Exchange::cluster) {
-    int clusters = 0;
-    const auto error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    if (error != cudaSuccess) return error;
-    if (clusters == 0) return cudaErrorCooperativeLaunchTooLarge;
-  }
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-// Calls f with a value of the storage type of each dtype that the resident kernels are compiled for.
-template <class F>
-cudaError_t dispatch_resident(Dtype x, Dtype y, F&& f) {
-  return dispatch_pair(x, y, [&](auto x_type, auto y_type) {
-    if constexpr (sizeof(x_type) == 8)
-      return cudaErrorInvalidValue;
-    else
-      return f(x_type, y_type);
-  });
 }
 
 }  // namespace ldm_fused

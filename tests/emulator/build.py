@@ -52,8 +52,8 @@ def load(name, *folders):
 
 
 def watches():
-    """Whether the emulator watches accesses of memory itself, in place of AddressSanitizer."""
-    return "address" not in _added_flags()
+    """Whether the emulator watches accesses of memory itself: AddressSanitizer does not, nor -fno-sanitize=thread."""
+    return not any(flag in _added_flags() for flag in ("address", "-fno-sanitize=thread"))
 
 
 def _added_flags():

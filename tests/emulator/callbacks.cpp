@@ -56,6 +56,9 @@ using emulator::AccessKind;
 #define EMULATOR_ATOMICS(bits)                                                                                         \
   EMULATOR_ATOMIC(bits, fetch_add)                                                                                     \
   EMULATOR_ATOMIC(bits, fetch_sub)                                                                                     \
+  uint##bits##_t __tsan_atomic##bits##_exchange(uint##bits##_t* at, uint##bits##_t value, int) {                       \
+    return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);                                                           \
+  }                                                                                                                    \
   uint##bits##_t __tsan_atomic##bits##_load(uint##bits##_t* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); } \
   void __tsan_atomic##bits##_store(uint##bits##_t* at, uint##bits##_t value, int) {                                    \
     __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                                     \
@@ -63,6 +66,10 @@ using emulator::AccessKind;
   bool __tsan_atomic##bits##_compare_exchange_strong(uint##bits##_t* at, uint##bits##_t* expected,                     \
                                                      uint##bits##_t value, int, int) {                                 \
     return __atomic_compare_exchange_n(at, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                \
+  }                                                                                                                    \
+  bool __tsan_atomic##bits##_compare_exchange_weak(uint##bits##_t* at, uint##bits##_t* expected, uint##bits##_t value, \
+                                                   int, int) {                                                         \
+    return __atomic_compare_exchange_n(at, expected, value, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                 \
   }
 
 extern "C" {

@@ -4,12 +4,17 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <chrono>
 #include <cstring>
+#include <map>
+#include <numeric>
+#include <thread>
 
 #include "machine.h"
+#include "runtime.h"
 
 // ---- What stands between the sources and torch -------------------------------------------------------------------
-// The names of four functions of torch's C interface are made the emulator's before the sources see them.
+// The names of some functions of torch's C interface are made the emulator's before the sources see them.
 
 namespace {
 
@@ -38,9 +43,12 @@ Extent extent_of(AtenTensorHandle tensor) {
 
 constexpr unsigned char kPoison = 0xff;  // a NaN in every dtype
 
+std::vector<int64_t> allocated;  // elements of each tensor, since somebody has looked
+
 // A kernel may touch the tensors whose pointers its launcher takes. One that is still as it was allocated must be
 // written before it is read.
 AOTITorchError watched_data_ptr(AtenTensorHandle tensor, void** pointer) {
+  if (!emulator::runs_kernels) return aoti_torch_get_data_ptr(tensor, pointer);
   const auto [begin, bytes] = extent_of(tensor);
   const auto* const memory = static_cast<const unsigned char*>(begin);
   const bool fresh = bytes > 0 && memory[0] == kPoison && !std::memcmp(memory, memory + 1, bytes - 1);
@@ -50,9 +58,10 @@ AOTITorchError watched_data_ptr(AtenTensorHandle tensor, void** pointer) {
 }
 
 AOTITorchError poisoned_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                      int32_t device_type, int32_t device_index, AtenTensorHandle* tensor) {
-  const AOTITorchError error = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, tensor);
-  if (error) return error;
+                                      int32_t device_type, int32_t /*device_index*/, AtenTensorHandle* tensor) {
+  const AOTITorchError error = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, -1, tensor);
+  if (error || !emulator::runs_kernels) return error;
+  allocated.push_back(std::accumulate(sizes, sizes + dim, int64_t(1), std::multiplies<>()));
   const auto [begin, bytes] = extent_of(*tensor);
   if (bytes > 0) std::memset(begin, kPoison, bytes);
   return 0;
@@ -67,6 +76,11 @@ AOTITorchError begin_call(int32_t /*device_index*/, DeviceGuardHandle* guard) {
 
 AOTITorchError end_call(DeviceGuardHandle /*guard*/) { return 0; }
 
+AOTITorchError emulated_ordinal(AtenTensorHandle /*tensor*/, int32_t* device_index) {
+  *device_index = emulator::device.ordinal;
+  return 0;
+}
+
 AOTITorchError default_stream(int32_t /*device_index*/, void** stream) {
   *stream = nullptr;
   return 0;
@@ -78,6 +92,7 @@ AOTITorchError default_stream(int32_t /*device_index*/, void** stream) {
 #define aoti_torch_empty_strided poisoned_empty_strided
 #define aoti_torch_create_device_guard begin_call
 #define aoti_torch_delete_device_guard end_call
+#define aoti_torch_get_device_index emulated_ordinal
 #define aoti_torch_get_current_cuda_stream default_stream
 
 #include <torch/csrc/stable/library.h>
@@ -86,6 +101,7 @@ AOTITorchError default_stream(int32_t /*device_index*/, void** stream) {
 #define STABLE_TORCH_LIBRARY_IMPL(name, key, m) _STABLE_TORCH_LIBRARY_IMPL(ldm_fused_emulated, CPU, m, C10_UID)
 
 #include "cuda/bias_add_residual.cu"
+#include "cuda/device.cu"
 #include "cuda/group_norm_act.cu"
 
 // ---- Python ------------------------------------------------------------------------------------------------------
@@ -103,10 +119,51 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("no dtype " + name);
 }
 
-Device device() {
-  const emulator::Device& d = emulator::device;
-  return {d.multiprocessors, d.shared_per_block, d.has_clusters() ? kLargestCluster : 1};
+Device device() { return cuda::device_of(emulator::device.ordinal); }
+
+// Each set of properties is a device of its own: what is known of a device is asked once.
+void set_device(const std::map<std::string, int>& properties) {
+  static std::map<std::map<std::string, int>, int> ordinals;
+  emulator::Device d;
+  const std::map<std::string, int*> members = {
+      {"multiprocessors", &d.multiprocessors},
+      {"major", &d.major},
+      {"minor", &d.minor},
+      {"l2_bytes", &d.l2_bytes},
+      {"shared_per_multiprocessor", &d.shared_per_multiprocessor},
+      {"shared_per_block", &d.shared_per_block},
+      {"threads_per_multiprocessor", &d.threads_per_multiprocessor},
+      {"code_version", &d.code_version},
+      {"multiprocessors_per_group", &d.multiprocessors_per_group},
+      {"largest_cluster", &d.largest_cluster},
+      {"refused_cluster", &d.refused_cluster},
+      {"refused_grid", &d.refused_grid},
+      {"refusal", &d.refusal},
+      {"copy", &d.copy}};
+  for (const auto& [name, value] : properties) *members.at(name) = value;
+  if (!properties.count("code_version")) d.code_version = 10 * d.major + d.minor;
+  d.ordinal = ordinals.try_emplace(properties, int(ordinals.size())).first->second;
+  emulator::device = d;
 }
+
+// A kernel that does nothing, in one block with so many bytes of shared memory.
+struct StandInParams {
+  Residence residence;
+  int device;
+};
+
+void stand_in(StandInParams) {}
+
+std::string launch_stand_in(int shared_bytes) {
+  StandInParams params{};
+  params.residence.team = params.residence.teams = 1;
+  params.residence.threads = 32;
+  params.residence.shared_bytes = shared_bytes;
+  params.device = emulator::device.ordinal;
+  return cudaGetErrorString(launch_resident(stand_in, params, nullptr));
+}
+
+std::vector<emulator::CapturedLaunch> captured;
 
 using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // batch, channels, spatial
 
@@ -180,15 +237,44 @@ PYBIND11_MODULE(library, m) {
   estimates["wait"] = kWait;
   estimates["hidden_wait"] = kHiddenWait;
   m.attr("estimates") = estimates;
-  m.def("set_device", [](const py::kwargs& properties) {
-    const auto value = [&](const char* name) { return properties[name].cast<int>(); };
-    emulator::device = {value("multiprocessors"),
-                        value("major"),
-                        value("minor"),
-                        value("l2_bytes"),
-                        value("shared_per_multiprocessor"),
-                        value("shared_per_block"),
-                        value("threads_per_multiprocessor")};
+  m.def("set_device", &set_device);
+  m.def("limit_multiprocessors", [](int limit) { return cuda::multiprocessor_limit.exchange(limit); });
+  m.def("has_code", [] { return cuda::has_code(emulator::device.ordinal); });
+  m.def("run_kernels", [](bool run) { emulator::runs_kernels = run; });
+  m.def("take_runtime_calls", [] { return std::exchange(emulator::runtime_calls, {}); });
+  m.def("take_allocated", [] { return std::exchange(allocated, {}); });
+  m.def("last_error", [] { return int(cudaPeekAtLastError()); });
+  m.def("launch_stand_in", &launch_stand_in);
+  // What both launches come to if the other one, by another host thread, gets in between the first one's preparations
+  // and the first one.
+  m.def("launch_stand_ins_side_by_side", [](int shared_bytes, int others) {
+    std::string other;
+    emulator::before_launch = [&] { std::thread([&] { other = launch_stand_in(others); }).join(); };
+    const std::string first = launch_stand_in(shared_bytes);
+    return std::pair(first, other);
+  });
+  m.def("capture", [](bool begin) {
+    if (begin) captured.clear();
+    emulator::capture = begin ? &captured : nullptr;
+  });
+  m.def("captured_cluster", [] {  // blocks of the last launch's cluster
+    const auto& attributes = captured.back().attributes;
+    return attributes.empty() ? 1u : attributes[0].val.clusterDim.x;
+  });
+  m.def("replay", [] {
+    std::vector<std::string> errors;
+    for (emulator::CapturedLaunch& launch : captured) errors.push_back(cudaGetErrorString(launch.replay()));
+    return errors;
+  });
+  // Microseconds of one plan, of a forward pass in bfloat16.
+  m.def("time_plan", [](const Sizes& sizes, int64_t groups, int repetitions) {
+    int64_t sum = 0;
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < repetitions; ++i) {
+      sum += plan_forward(shape_of(sizes, groups, false), Dtype::bfloat16, Dtype::bfloat16, true, 4, device()).bytes_read;
+    }
+    const std::chrono::duration<double, std::micro> taken = std::chrono::steady_clock::now() - start;
+    return sum > 0 ? taken.count() / repetitions : 0.0;
   });
   m.def("set_order", &emulator::set_order);
   m.def("observe", &emulator::observe);

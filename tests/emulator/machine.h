@@ -30,6 +30,18 @@ struct Device {
   int shared_per_block = 227 << 10;  // where a kernel has asked for more than 48 KB
   int threads_per_multiprocessor = 2048;
 
+  // Of the binary's code for it: the architecture that it was written for, such as 90; 0: there is none.
+  int code_version = 90;
+  // What it refuses. Clusters lie within groups of multiprocessors (0: one group of all).
+  int multiprocessors_per_group = 0;
+  int largest_cluster = 16;
+  int refused_cluster = 0;  // launches of clusters of so many blocks or more (0: none), though a query says they fit
+  int refused_grid = 0;     // cooperative launches of so many blocks or more; 0: none
+  int refusal = 0;          // the cudaError_t of both
+
+  int ordinal = 0;
+  int copy = 0;  // tells devices apart that are alike
+
   bool has_clusters() const { return major >= 9; }
   int blocks_per_multiprocessor(unsigned threads, size_t shared_bytes) const;  // registers are not looked at
 };
