@@ -23,9 +23,9 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
 # Those that run on the emulated device that is set; the others are the same on each.
-DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload
+DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload and not every_device
 
-.PHONY: help build test test-integrations devices sanitize bench gpu traffic predict sass mutants clean toolkit
+.PHONY: help build test test-integrations devices sanitize bench gpu traffic predict sass mutants check-all clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -46,7 +46,7 @@ devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 a
 	    LDM_FUSED_EMULATED_DEVICE="$$device" $(PY) -m pytest -q -k '$(DEVICE_TESTS)' $(ARGS) || exit 1; done
 
 sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emulated CUDA kernels
-	$(PY) tests/sanitizers.py
+	$(PY) tests/sanitizers.py $(ARGS)
 
 traffic: build ## count the bytes that the CUDA kernels move, in the emulator
 	$(PY) benchmarks/traffic.py $(ARGS)
@@ -70,6 +70,9 @@ mutants: build ## make one mistake at a time in the CUDA kernels, and show that 
 
 gpu: toolkit ## build, test, sanitize and time on a GPU machine, in 9 minutes; results go to OUT
 	$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
+
+check-all: ## what .ci/run checks, and all the repetitions that it leaves out
+	.ci/run all
 
 # --force: by itself setuptools goes by file times, and would keep a binary built for another torch; ninja knows better.
 # Where there are GPUs, only their architectures are compiled (7.5 is the oldest that CUDA 13 knows).

@@ -19,7 +19,11 @@ providers, timed in turn in the same run, each checked against float64 before it
   F.silu     F.silu(F.group_norm(x))
   compile    torch.compile of F.silu, for each shape anew (needs a working C++ compiler)
   ours       ldm_fused
-  recompute  its block with recompute=True; by itself only where --train runs nothing but blocks and models
+and by --providers alone
+  cooperative  torch.compile of F.silu with cooperative reductions
+  triton       two passes in Triton (benchmarks/triton_group_norm.py); the op, on CUDA
+  recompute    our block with recompute=True; by itself where --train runs nothing but blocks and models
+  again        ours once more: how far a ratio is from 1 by chance
 
 examples:
   bench_fused.py                                  a two-minute overview
@@ -64,13 +68,17 @@ def parser() -> argparse.ArgumentParser:
     add = what.add_argument
     add("--op", action="store_true", help="the op: GroupNorm and SiLU")
     add("--block", action="store_true", help="the ResNet block")
-    add("--model", nargs="?", const="ldm", choices=["ldm", "diffusers-vae", "diffusers-unet"], metavar="NAME",
-        help="a whole LDM kl-f8 autoencoder, or diffusers-vae or diffusers-unet: Stable Diffusion 1.5's, with random"
-             " weights, before ldm_fused.patch and after; takes long on a CPU")  # fmt: skip
+    add("--model", nargs="?", const="ldm", choices=["ldm", "ldm-decoder", "diffusers-vae", "diffusers-unet"],
+        metavar="NAME", help="a whole LDM kl-f8 autoencoder, or ldm-decoder: half of it, or diffusers-vae or"
+                             " diffusers-unet: Stable Diffusion 1.5's, with random weights, before ldm_fused.patch and"
+                             " after; takes long on a CPU")  # fmt: skip
     add("--forward", action="store_true", help="only the forward pass, without autograd")
+    add("--backward", action="store_true", help="only the backward pass, without the forward pass")
     add("--train", action="store_true", help="only forward and backward together (without either option: both, and"
                                              " training only for models that people train)")  # fmt: skip
     add("--suite", choices=[*workloads.SUITES, "all"], metavar="NAME", help="every shape of a suite, or of all")
+    add("--sample", action="store_true", help="a dozen shapes of all suites, forward and backward in both layouts, some"
+                                              " blocks, and some in float32: what `make gpu` times")  # fmt: skip
     add("--shape", type=shape, action="append", metavar="N,C,H,W", help="a shape of your own; repeatable")
     add("--groups", type=int, default=32, metavar="G", help="number of groups for --shape (32)")
     add("--max-mb", type=float, metavar="MB", help="leave out tensors larger than so many MB")
@@ -158,10 +166,12 @@ def complete(args, torch) -> None:
         args.levels = ["op", "block"]
     if not args.providers:
         recomputes = args.train and not args.forward and "op" not in args.levels  # elsewhere it is ours once more
-        args.providers = [name for name in workloads.PROVIDERS if name != "recompute" or recomputes]
+        args.providers = [name for name in workloads.PROVIDERS if name not in workloads.ON_REQUEST]
+        args.providers += ["recompute"] * recomputes
     # Forward alone is run for the models that nobody trains, unless training is asked for by name.
     args.train_all = args.train and not args.forward
-    args.modes = [mode for mode, on in (("forward", args.forward), ("training", args.train)) if on]
+    asked = {"forward": args.forward, "backward": args.backward, "training": args.train}
+    args.modes = [mode for mode, on in asked.items() if on]
     args.modes = args.modes or ["forward", "training"]
     for shape in args.shape or []:
         if args.groups < 1 or shape[1] % args.groups:

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ def run(args, save: Callable[[List[Row]], None] = lambda rows: None) -> List[Row
     in_order = lambda rows: sorted(rows, key=lambda row: places[id(row)])  # noqa: E731
     progress, limit = Progress(len(todo)), budget(args)
     rows, start, saved = [], time.monotonic(), time.monotonic()
-    for row in todo if args.budget is None else suites_in_turn(todo):
+    for row in todo if args.budget is None or args.sample else suites_in_turn(todo):
         progress.show(row.title)
         needed, free = needed_bytes(row), machine.available_bytes(args.device)
         if time.monotonic() - start > limit:
@@ -66,6 +67,10 @@ def budget(args) -> float:
 def chosen(args) -> List[Row]:
     """Everything to run, each distinct call once."""
     largest = math.inf if args.max_mb is None else args.max_mb * 1e6
+    if args.sample:
+        rows = (Row(w, level, mode, layout, dtype, getattr(torch, dtype).itemsize, args.device)
+                for level, w, mode, layout, dtype in workloads.sample() if level in args.levels)  # fmt: skip
+        return [row for row in rows if row.bytes <= largest]
     rows: Dict[Tuple, Row] = {}
     for dtype in args.dtypes:
         itemsize = getattr(torch, dtype).itemsize
@@ -80,7 +85,8 @@ def chosen(args) -> List[Row]:
 
 
 def suites_in_turn(rows: List[Row]) -> List[Row]:
-    """One dtype after the other, in it the first case of every suite, then the second of every suite, and so on."""
+    """One dtype after the other, in it the first case of every suite, then the second of every suite, and so on. A
+    sample has an order of its own."""
     seen: Dict[Tuple, int] = collections.Counter()
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     turns = {}
@@ -101,7 +107,7 @@ def chosen_workloads(args) -> List[Tuple[str, Workload]]:
 
 
 def is_overview(args) -> bool:
-    return not args.shape and not args.suite
+    return not args.shape and not args.suite and not args.sample
 
 
 def needed_bytes(row: Row) -> int:
@@ -116,19 +122,21 @@ def check_and_time(row: Row, args, progress: Progress) -> None:
     torch.compiler.reset()  # or the limit on recompilations would turn later shapes silently into eager
     make = providers.op_contenders if row.level == "op" else providers.block_contenders
     # Eager is the ruler of the check, so it is run even where it is not asked for.
-    contenders, oracle = make(w, list(dict.fromkeys(["eager", *args.providers])), args.device, dtype, row.layout)
+    contenders, oracle = make(w, dict.fromkeys(["eager", *providers_of(row, args)]), args.device, dtype, row.layout)
     # On CUDA as many as it takes: the smallest tensor is 300 KB. A block's time is its convolutions', which no cache
     # can flatter much.
     limit = 2 if row.level == "block" else 512 if args.device == "cuda" else 64
     sets = measure.make_inputs(w.shape, row.layout, row.mode, args.device, dtype, limit)
 
-    runs = check(row, contenders, oracle, sets[0], dtype, progress)
+    with measure.compiled_for(row.mode):
+        runs = check(row, contenders, oracle, sets[0], dtype, progress)
     runs = {name: run for name, run in runs.items() if name in args.providers}
-    row.cells = {name: row.cells[name] for name in args.providers}
+    row.cells = {name: row.cells.get(name, Cell(reason="it has no block")) for name in args.providers}
     progress.show(f"{row.title}: timing")
     if row.level == "op":
         runs["copy"] = measure.copy_runner(sets)
-    timings = measure.time_in_turn(runs, sets, row.mode, args.min_run_time)
+    with measure.compiled_for(row.mode):
+        timings = measure.time_in_turn(runs, sets, row.mode, args.min_run_time)
     row.copy = timings.pop("copy", None)
     for name, timing in timings.items():
         row.cells[name].timing = timing
@@ -136,6 +144,11 @@ def check_and_time(row: Row, args, progress: Progress) -> None:
         del timings, runs, sets, contenders, oracle
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def providers_of(row: Row, args) -> List[str]:
+    """Those asked for that have what the row is about."""
+    return [name for name in args.providers if row.level == "op" or providers.PROVIDERS[name].block]
 
 
 def check(row: Row, contenders, oracle, inputs, dtype, progress: Progress) -> Dict[str, object]:
@@ -160,7 +173,7 @@ def check(row: Row, contenders, oracle, inputs, dtype, progress: Progress) -> Di
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
         except Exception as e:  # torch.compile without a working compiler, or too little memory: the others go on
             cell.reason = measure.first_line(e)
-            cell.failed = contender.name != "compile" and not measure.out_of_memory(e)
+            cell.failed = contender.name not in providers.OTHERS and not measure.out_of_memory(e)
         if cell.failed:
             progress.say(f"{contender.name}, {row.title} {row.dtype}: {cell.reason}")
     return runs
@@ -194,11 +207,14 @@ def summary(rows: List[Row], args) -> str:
 def prepare(args) -> str:
     """Compiles every case in processes side by side, into torch.compile's cache on disk; says how many."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are parallel enough
-    todo = suites_in_turn(chosen(args))
+    names = [name for name in args.providers if providers.PROVIDERS[name].compiled]
+    rows = chosen(args) if args.sample else suites_in_turn(chosen(args))
+    todo = list(itertools.product(rows, names))
     progress, reasons = Progress(len(todo)), []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.prepare, context) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(compile_case, row, args.threads) for row in todo]):
+        jobs = [pool.submit(compile_case, row, name, args.threads) for row, name in todo]
+        for done in concurrent.futures.as_completed(jobs):
             progress.step()
             progress.show("compiled")
             reasons += filter(None, [done.result()])
@@ -207,19 +223,20 @@ def prepare(args) -> str:
     return f"{len(todo) - len(reasons)} of {len(todo)} cases compiled{failed}"
 
 
-def compile_case(row: Row, threads: Optional[int]) -> str:
-    """Calls the compiled provider as `check` does, without comparing; why it failed, or nothing."""
+def compile_case(row: Row, name: str, threads: Optional[int]) -> str:
+    """Calls a compiled provider as `check` does, without comparing; why it failed, or nothing."""
     if threads:
         torch.set_num_threads(threads)
     torch.compiler.reset()
     w, dtype = row.workload, getattr(torch, row.dtype)
     make = providers.op_contenders if row.level == "op" else providers.block_contenders
     try:
-        (contender,), _ = make(w, ["compile"], row.device, dtype, row.layout)
+        (contender,), _ = make(w, [name], row.device, dtype, row.layout)
         inputs, *_ = measure.make_inputs(w.shape, row.layout, row.mode, row.device, dtype, limit=1)
-        measure.results(contender, row.mode, inputs)
-        if row.mode == "training":
-            measure.kept_bytes(contender, inputs[0])
+        with measure.compiled_for(row.mode):
+            measure.results(contender, row.mode, inputs)
+            if row.mode == "training":
+                measure.kept_bytes(contender, inputs[0])
     except Exception as e:
         return measure.first_line(e)
     finally:

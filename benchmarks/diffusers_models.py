@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ldm_fused
-from benchmarks.providers import MEMORY_FORMATS, Contender, compiled, randomize_norms
+from benchmarks.providers import MEMORY_FORMATS, PROVIDERS, Contender, compiled, randomize_norms
 
 VAE = dict(
     block_out_channels=(128, 256, 512, 512),
@@ -34,6 +34,7 @@ TITLES = {
 PATCHES: Dict[str, Callable[[nn.Module], object]] = {
     "eager": lambda model: None,
     "ours": ldm_fused.patch,
+    "again": ldm_fused.patch,
     "recompute": lambda model: ldm_fused.patch(model, recompute=True),
 }
 
@@ -85,5 +86,5 @@ def build(names: List[str], args, layout: str, dtype: torch.dtype) -> List[Conte
     for name in names:
         own = copy.deepcopy(model, dict(shared))
         PATCHES.get(name, PATCHES["eager"])(own)
-        contenders.append(Contender(name, compiled(own, name == "compile"), list(own.parameters())))
+        contenders.append(Contender(name, compiled(own, PROVIDERS[name]), list(own.parameters())))
     return contenders

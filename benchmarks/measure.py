@@ -11,6 +11,7 @@ its share of the copy bandwidth (torch's copy_ over tensors of the same size, 2 
 says how near to the limit an implementation is. One that reads a tensor twice shows a lower share, as it should.
 """
 
+import contextlib
 import itertools
 import math
 import timeit
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark import timer as synchronized
@@ -25,12 +27,12 @@ from torch.utils.benchmark import timer as synchronized
 from benchmarks import machine
 from benchmarks.providers import MEMORY_FORMATS, Contender
 
-PASSES = {"forward": 2, "training": 5}
+PASSES = {"forward": 2, "backward": 3, "training": 5}
 Inputs = Tuple[Tensor, ...]
 
 
 def limit_bytes(numel: int, itemsize: int, mode: str) -> int:
-    """The bytes that the op has to move at least; `mode` is "forward" or "training"."""
+    """The bytes that the op has to move at least; `mode` is one of PASSES."""
     return PASSES[mode] * numel * itemsize
 
 
@@ -61,14 +63,38 @@ def make_inputs(shape: Sequence[int], layout: str, mode: str, device, dtype, lim
 
 
 def runner(contender: Contender, mode: str) -> Callable[..., object]:
-    """What is timed: the forward pass, or forward and backward."""
+    """What is timed: the forward pass, the backward pass of one that ran before, or forward and backward."""
     if mode == "forward":
         return contender.call
+    if mode == "backward":
+        return backward_runner(contender)
     return lambda x, dy: torch.autograd.grad(contender.call(x), [x, *contender.parameters], dy)
 
 
+def backward_runner(contender: Contender) -> Callable[..., object]:
+    """The backward pass alone. Its forward pass runs at the first call with these inputs on this stream, for autograd
+    runs a backward pass where its forward pass ran."""
+    outputs: Dict[tuple, Tensor] = {}
+
+    def run(x, dy):
+        key = id(x), torch.cuda.current_stream() if x.is_cuda else None
+        if key not in outputs:
+            outputs[key] = contender.call(x)
+        return torch.autograd.grad(outputs[key], [x, *contender.parameters], dy, retain_graph=True)
+
+    return run
+
+
+def compiled_for(mode: str):
+    """A context for all calls of what torch.compile compiles. By itself it writes gradients over what was kept for the
+    backward pass, which then runs only once."""
+    if mode != "backward":
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
 def results(contender: Contender, mode: str, inputs: Inputs) -> List[Tensor]:
-    """y, and for training also dx and the gradient of each parameter."""
+    """y, and but for the forward pass also dx and the gradient of each parameter."""
     if mode == "forward":
         with torch.no_grad():
             return [contender.call(inputs[0])]
@@ -140,7 +166,7 @@ def peak_bytes(contender: Contender, mode: str, inputs: Inputs) -> Optional[int]
     """Peak memory of a pass above what was in use before it (weights, and on a CPU whatever the process has become)."""
     device = inputs[0].device
     before = machine.reset_peak(device)
-    with torch.set_grad_enabled(mode == "training"):
+    with torch.set_grad_enabled(mode != "forward"):
         runner(contender, mode)(*inputs)
     peak = machine.peak_bytes(device)
     return None if peak is None else peak - before
@@ -153,7 +179,7 @@ BLOCK = 2e-3  # seconds between two looks at the clock, each of which waits for 
 
 @dataclass
 class Timing:
-    """Seconds a call: `wall` as the caller waits, `device` by CUDA-graph replay, each with its interquartile range."""
+    """Seconds a call: `wall` as the caller waits, `device` by CUDA-graph replay, each with an interval."""
 
     wall: Optional[Measurement] = None
     device: Optional[Measurement] = None
@@ -164,9 +190,15 @@ class Timing:
         measured = getattr(self, clock)
         return measured and measured.median / (self.replayed if clock == "device" else 1)
 
-    def spread(self, clock: str) -> Optional[float]:
+    def interval(self, clock: str) -> Optional[Tuple[float, float]]:
+        """In which the median lies with 95 % confidence, whatever the distribution: between two of the times in their
+        order, for how many of them are below the median is binomial. All of them, if they are few."""
         measured = getattr(self, clock)
-        return measured and measured.iqr / (self.replayed if clock == "device" else 1)
+        if not measured:
+            return None
+        times, calls = sorted(measured.times), self.replayed if clock == "device" else 1
+        below = max(0, math.floor(len(times) / 2 - 0.98 * math.sqrt(len(times))))
+        return times[below] / calls, times[-1 - below] / calls
 
 
 @dataclass
@@ -210,18 +242,20 @@ def graph_timer(run: Callable, sets: List[Inputs]) -> timeit.Timer:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for inputs in sets[:2]:
+        for inputs in sets:  # all of them: a backward pass alone finds its forward pass, on the stream of the capture
             run(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         outputs = [run(*inputs) for inputs in sets]
     # The outputs are kept with the graph: each call of it writes memory of its own.
     return timeit.Timer("graph.replay()", timer=synchronized, globals={"graph": graph, "outputs": outputs})
 
 
-def prepare(run: Callable, sets: List[Inputs], graphs: bool) -> Turn:
+def prepare(run: Callable, sets: List[Inputs], mode: str, graphs: bool) -> Turn:
     """The timers of one provider: wall always, device time on CUDA."""
+    for inputs in sets if mode == "backward" else []:  # the forward passes
+        run(*inputs)
     turn = Turn({"wall": wall_timer(run, sets)})
     if graphs and sets[0][0].is_cuda:
         try:
@@ -236,23 +270,24 @@ def prepare(run: Callable, sets: List[Inputs], graphs: bool) -> Turn:
 def time_in_turn(
     runs: Dict[str, Callable], sets: List[Inputs], mode: str, min_run_time: float, graphs: bool = True
 ) -> Dict[str, Timing]:
-    """Medians of all, measured in rounds with each in its turn: whatever else the machine does hits all alike."""
-    with torch.set_grad_enabled(mode == "training"):
-        turns = {name: prepare(run, sets, graphs) for name, run in runs.items()}
-        done, rounds = 0, 5
+    """Medians of all, measured in rounds with each in its turn, there and back (A B B A): whatever else the machine
+    does, and whatever drifts, hits all alike."""
+    with torch.set_grad_enabled(mode != "forward"):
+        turns = {name: prepare(run, sets, mode, graphs) for name, run in runs.items()}
+        in_order, done, rounds = list(turns.values()), 0, 6
         while done < rounds:
-            for turn in turns.values():
-                turn.measure(min_run_time / 5)
+            for turn in in_order if done % 2 == 0 else reversed(in_order):
+                turn.measure(min_run_time / 6)
             done += 1
             rounds = enough_rounds(max((turn.times["wall"][0] for turn in turns.values()), default=0), min_run_time)
     return {name: turn.timing() for name, turn in turns.items()}
 
 
 def enough_rounds(slowest: float, min_run_time: float) -> int:
-    """Five, and fewer where one call already takes long: a round is at least two calls of everybody."""
+    """Six, and fewer where one call already takes long: a round is at least two calls of everybody."""
     if slowest < min_run_time:
-        return 5
-    return 3 if slowest < 5 else 2
+        return 6
+    return 4 if slowest < 5 else 2
 
 
 def copy_runner(sets: List[Inputs]) -> Callable[..., None]:

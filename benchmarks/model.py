@@ -12,8 +12,15 @@ from torch import Tensor
 
 from benchmarks import diffusers_models, measure
 from benchmarks.autoencoder import AutoencoderKL
-from benchmarks.providers import MEMORY_FORMATS, PROVIDERS, Contender, compiled, randomize_norms
+from benchmarks.providers import MEMORY_FORMATS, OTHERS, PROVIDERS, Contender, compiled, randomize_norms
 from benchmarks.report import Cell, Progress, aligned, scaled, times
+
+
+TITLES = {
+    "ldm": "LDM kl-f8 autoencoder, encode and decode",
+    "ldm-decoder": "LDM kl-f8 autoencoder, decode",
+    **diffusers_models.TITLES,
+}
 
 
 @dataclass
@@ -115,18 +122,21 @@ def run(args) -> List[ModelRow]:
     """Each layout and mode; all implementations share one set of random weights."""
     if args.resolution < 8 or args.resolution % 8:
         sys.exit(f"--resolution {args.resolution}: the autoencoder needs a multiple of 8")
-    if args.model == "diffusers-unet":
+    if args.model in ("diffusers-unet", "ldm-decoder"):
         x = diffusers_models.latent(args.resolution)
     else:
         x = picture(args.image, args.resolution)
     layouts = ["contiguous", "channels_last"] if args.layout == "both" else [args.layout]
-    names = [name for name in args.providers if args.model == "ldm" or name != "F.silu"]  # which is not in a real model
-    progress = Progress(len(args.dtypes) * len(layouts) * len(args.modes) * (len(names) + 1))
+    own = args.model.startswith("ldm")
+    names = [name for name in args.providers if own or name != "F.silu"]  # which is not in a real model
+    names = [name for name in names if PROVIDERS[name].block]
+    modes = ["forward"] if args.model == "ldm-decoder" else args.modes
+    progress = Progress(len(args.dtypes) * len(layouts) * len(modes) * (len(names) + 1))
     rows = []
     for dtype, layout in itertools.product(args.dtypes, layouts):
-        make = build if args.model == "ldm" else diffusers_models.build
+        make = build if own else diffusers_models.build
         contenders = make(list(dict.fromkeys(["eager", *names])), args, layout, getattr(torch, dtype))
-        for mode in args.modes:
+        for mode in modes:
             row = ModelRow(args.model, mode, layout, dtype, args.device, args.resolution, args.image or "synthetic")
             measure_row(row, contenders, x, names, args, progress)
             rows.append(row)
@@ -142,11 +152,12 @@ def build(names: List[str], args, layout: str, dtype: torch.dtype) -> List[Conte
     for name in names:
         provider = PROVIDERS["eager" if PROVIDERS[name].compiled else name]
         model = AutoencoderKL(provider.block, provider.norm_act)
+        forward = model.decode if args.model == "ldm-decoder" else model
         if weights is None:
             randomize_norms(model).to(args.device, dtype, memory_format=MEMORY_FORMATS[layout])
             weights = model.state_dict()
         model.load_state_dict(weights, assign=True)  # the same memory for all: weights count once
-        call = compiled(model, PROVIDERS[name].compiled)
+        call = compiled(forward, PROVIDERS[name])
         contenders.append(Contender(name, call, list(model.parameters())))
     return contenders
 
@@ -176,7 +187,7 @@ def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, nam
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
         except Exception as e:  # torch.compile without a working compiler, or too little memory: the others go on
             cell.reason = measure.first_line(e)
-            cell.failed = contender.name != "compile" and not measure.out_of_memory(e)
+            cell.failed = contender.name not in OTHERS and not measure.out_of_memory(e)
         if contender.name in names:
             progress.step()
         if cell.failed:
@@ -226,9 +237,9 @@ def summary(rows: List[ModelRow], args) -> str:
     return "\n".join(
         [
             "",
-            f"{diffusers_models.TITLES.get(args.model, 'LDM kl-f8 autoencoder, encode and decode')}, "
+            f"{TITLES[args.model]}, "
             f"{rows[0].resolution} x {rows[0].resolution} pixels, batch 1, "
-            + ("random latent" if args.model == "diffusers-unet" else f"picture: {rows[0].picture}"),
+            + ("random latent" if args.model in ("diffusers-unet", "ldm-decoder") else f"picture: {rows[0].picture}"),
             "",
             text[0],
             "-" * max(map(len, text)),

@@ -1,9 +1,9 @@
 """The implementations that are compared: for each a function for the op and a class for the ResNet block."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -55,23 +55,38 @@ class NormSilu(nn.GroupNorm):
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation: the op, the block, and the norm with its activation; if `compiled`, by torch.compile."""
+    """One implementation: the op, the block, and the norm with its activation, where there are such; if `compiled`, by
+    torch.compile with these options of Inductor's."""
 
     op: Callable[..., Tensor]
-    block: Callable[..., nn.Module]
-    norm_act: Callable[..., nn.Module]
+    block: Optional[Callable[..., nn.Module]] = None
+    norm_act: Optional[Callable[..., nn.Module]] = None
     compiled: bool = False
+    options: Dict[str, object] = field(default_factory=dict)
+
+
+def triton_op(*arguments, **keywords) -> Tensor:
+    from benchmarks import triton_group_norm  # here, for Triton is only where a GPU is
+
+    return triton_group_norm.group_norm_act(*arguments, **keywords)
 
 
 PROVIDERS: Dict[str, Provider] = {
     "eager": Provider(reference.group_norm_act, reference.ResnetBlock, NormSwish),
     "F.silu": Provider(group_norm_then_silu, SiluResnetBlock, NormSilu),
     "compile": Provider(group_norm_then_silu, SiluResnetBlock, NormSilu, compiled=True),
+    "cooperative": Provider(
+        group_norm_then_silu, SiluResnetBlock, NormSilu, compiled=True, options={"triton.cooperative_reductions": True}
+    ),
+    "triton": Provider(triton_op),
     "ours": Provider(ldm_fused.group_norm_act, ldm_fused.FusedResnetBlock, ldm_fused.GroupNormSiLU),
     "recompute": Provider(
         ldm_fused.group_norm_act, partial(ldm_fused.FusedResnetBlock, recompute=True), ldm_fused.GroupNormSiLU
     ),
+    "again": Provider(ldm_fused.group_norm_act, ldm_fused.FusedResnetBlock, ldm_fused.GroupNormSiLU),
 }
+# Whatever fails in these is theirs.
+OTHERS = ("compile", "cooperative", "triton")
 
 
 @dataclass
@@ -86,9 +101,11 @@ class Contender:
 Contenders = Tuple[List[Contender], Contender]  # and the oracle
 
 
-def compiled(function, wanted: bool):
+def compiled(function, provider: Provider):
     """`function` through torch.compile, for exactly these shapes (the fastest it can be), or as it is."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
+    if not provider.compiled:
+        return function
+    return torch.compile(function, dynamic=False, fullgraph=True, options=provider.options or None)
 
 
 def op_contenders(w: Workload, names: Sequence[str], device, dtype, layout: str) -> Contenders:
@@ -102,7 +119,7 @@ def op_contenders(w: Workload, names: Sequence[str], device, dtype, layout: str)
     contenders = []
     for name in names:
         provider = PROVIDERS[name]
-        contenders.append(contender(name, compiled(provider.op, provider.compiled), weight, bias))
+        contenders.append(contender(name, compiled(provider.op, provider), weight, bias))
     weight64, bias64 = (p.detach().double().requires_grad_() for p in (weight, bias))
     return contenders, contender("oracle", reference.group_norm_act, weight64, bias64)
 
@@ -117,7 +134,7 @@ def block_contenders(w: Workload, names: Sequence[str], device, dtype, layout: s
         provider = PROVIDERS[name]
         block = provider.block(**arguments)
         block.load_state_dict(source.state_dict(), assign=True)
-        contenders.append(Contender(name, compiled(block, provider.compiled), list(block.parameters())))
+        contenders.append(Contender(name, compiled(block, provider), list(block.parameters())))
     oracle = copy.deepcopy(source).double()
     return contenders, Contender("oracle", oracle, list(oracle.parameters()))
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Dict, Iterable, List, Optional, Sequence
 
-from benchmarks.measure import Timing, limit_bytes
+from benchmarks.measure import PASSES, Timing, limit_bytes
 from benchmarks.workloads import Workload
 
 # On a CPU, new memory of this size comes from the kernel page by page: faults then rule every provider's time.
@@ -214,9 +214,10 @@ def peak(row: Row, name: str) -> str:
 
 
 LEGEND = """\
-training: forward and backward. ms: median of one call. ours vs: how many times as fast ours is. GB/s: the least bytes
-the op can move (x read, y written; training also x and dy read, dx written) over the time; of copy: that against
-torch's copy_, timed in turn with it. kept MB: what autograd keeps for the backward pass, parameters not counted."""
+training: forward and backward; backward: it alone. ms: median of one call. ours vs: how many times as fast ours is.
+GB/s: the least bytes the op can move (forward: x read, y written; backward: x and dy read, dx written) over the time;
+of copy: that against torch's copy_, timed in turn with it. kept MB: what autograd keeps for the backward pass,
+parameters not counted."""
 
 
 def legend(rows: Sequence[Row]) -> str:
@@ -243,7 +244,7 @@ def means(rows: Sequence[Row], names: Sequence[str]) -> str:
     lines = []
     baselines = [name for name in names if name != "ours"]
     dtypes = dict.fromkeys(row.dtype for row in rows)
-    for level, mode, dtype, large in itertools.product(("op", "block"), ("forward", "training"), dtypes, (False, True)):
+    for level, mode, dtype, large in itertools.product(("op", "block"), PASSES, dtypes, (False, True)):
         group = [r for r in rows if (r.level, r.mode, r.dtype, r.large) == (level, mode, dtype, large)]
         group = [r for r in group if r.seconds("ours")]
         for clock in ("device", "wall"):
@@ -385,9 +386,9 @@ def as_dict(row: Row, names: Sequence[str]) -> Dict[str, object]:
         timing = cell.timing
         providers[name] = {
             "wall_seconds": cell.seconds("wall"),
-            "wall_iqr": timing.spread("wall") if timing else None,
+            "wall_interval": timing.interval("wall") if timing else None,
             "device_seconds": cell.seconds("device"),
-            "device_iqr": timing.spread("device") if timing else None,
+            "device_interval": timing.interval("device") if timing else None,
             "speedup_of_ours": row.speedup(name),
             "bytes_per_second": row.bandwidth(name),
             "share_of_copy": row.copy_share(name),

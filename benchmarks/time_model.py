@@ -336,8 +336,9 @@ class Prediction:
                 round(self.microseconds, 1), round(self.eager, 1), round(self.share, 3), terms]
 
 
-def predict(workload, layout, way, device, dtype="bfloat16", issue=None, estimates=emulated.ESTIMATES):
+def predict(workload, layout, way, device, dtype="bfloat16", issue=None, estimates=None):
     """The Prediction for one call of the workload."""
+    estimates = estimates or emulated.ESTIMATES
     x = laid_out(torch.empty(workload.shape, dtype=getattr(torch, dtype), device="meta"), layout)
     with emulated.device(PLANNED[device]):
         plan = (emulated.plan_forward if way == "forward" else emulated.plan_backward)(

@@ -1,11 +1,14 @@
 """Every GroupNorm call of real diffusion models, read from workloads.json beside this file."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
-PROVIDERS = ("eager", "F.silu", "compile", "ours", "recompute")
+PROVIDERS = ("eager", "F.silu", "compile", "cooperative", "triton", "ours", "recompute", "again")
+# Not run unless they are asked for.
+ON_REQUEST = ("cooperative", "triton", "recompute", "again")
 WORKLOADS = Path(__file__).with_name("workloads.json")
 
 # What each suite is, for --list.
@@ -41,6 +44,25 @@ DEFAULT_CUDA = DEFAULT + (
     ("op", "sdxl-unet-1024", (2, 640, 64, 64)),
     ("op", "ldm-kl-f8-train-256", (4, 512, 64, 64)),
 )
+
+
+# What --sample times: calls of all sizes from every kind of model, the most telling first.
+SAMPLE = (
+    ("vae-decode-1024", (1, 128, 1024, 1024)),
+    ("sd15-unet-512", (2, 320, 64, 64)),
+    ("ldm-kl-f8-train-256", (4, 128, 256, 256)),
+    ("sdxl-unet-1024", (2, 640, 64, 64)),
+    ("vae-decode-1024", (1, 512, 128, 128)),
+    ("seed", (80, 256, 8, 8)),
+    ("vae-decode-1024", (1, 256, 512, 512)),
+    ("sdxl-unet-1024", (2, 1280, 32, 32)),
+    ("sd15-unet-512", (2, 1280, 16, 16)),
+    ("ldm-kl-f8-train-256", (4, 512, 64, 64)),
+    ("video-vae", (1, 128, 20, 256, 256)),
+    ("sdxl-unet-1024", (2, 960, 128, 128)),
+)
+SAMPLE_FLOAT32 = SAMPLE[:3] + SAMPLE[5:6]
+SAMPLE_BLOCKS = (SAMPLE[0], SAMPLE[6], ("vae-decode-1024", (1, 512, 256, 256)), SAMPLE[4])
 
 
 @dataclass(frozen=True)
@@ -93,9 +115,26 @@ def load() -> List[Workload]:
 
 def default(device: str) -> List[Tuple[str, Workload]]:
     """("op" or "block", workload) for each case run when nothing is chosen, the most telling first."""
-    picks = DEFAULT_CUDA if device == "cuda" else DEFAULT
-    known = {(w.suite, w.shape): w for w in reversed(load()) if w.activation == "silu"}
+    picks, known = DEFAULT_CUDA if device == "cuda" else DEFAULT, by_call()
     return [(level, known[suite, shape]) for level, suite, shape in picks]
+
+
+def by_call() -> Dict[Tuple, Workload]:
+    return {(w.suite, w.shape): w for w in reversed(load()) if w.activation == "silu"}
+
+
+def sample() -> Iterator[Tuple[str, Workload, str, str, str]]:
+    """(level, workload, mode, layout, dtype) of each case of --sample."""
+    known = by_call()
+
+    def ops(picks, dtype):
+        for pick, mode, layout in itertools.product(picks, ("forward", "backward"), ("contiguous", "channels_last")):
+            yield "op", known[pick], mode, layout, dtype
+
+    yield from ops(SAMPLE, "bfloat16")
+    for pick, mode in itertools.product(SAMPLE_BLOCKS, ("forward", "training")):
+        yield "block", known[pick], mode, "channels_last", "bfloat16"
+    yield from ops(SAMPLE_FLOAT32, "float32")
 
 
 def select(suite: str) -> List[Workload]:

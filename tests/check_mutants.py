@@ -37,8 +37,8 @@ FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
 PATIENCE = 4  # how many times what the tests take without a mutant; other runs share the machine
 
 # Also what makes an asynchronous copy arrive; of functions of the kernels' own, the calls.
-BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_sync\(\)(?=;)|"
-           r"__pipeline_commit\(\)|__pipeline_wait_prior\(\d\)")
+BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_wait\(\)(?=;)|"
+           r"commit_copies\(\)(?=;)|wait_for_copies<\d>\(\)|wait_for\(counter_, target_\)")
 # Bounds that the compiler evaluates, and those that choose between ways to the same result.
 NO_BOUNDS = ("alignas(", "static_assert(", "sizeof(X) < sizeof(Y)", "kHeld > 0")
 

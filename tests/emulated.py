@@ -33,22 +33,36 @@ def small_device(multiprocessors, kilobytes, clusters):
 SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors are small too
 _default = DEVICES[os.environ["LDM_FUSED_EMULATED_DEVICE"]] if "LDM_FUSED_EMULATED_DEVICE" in os.environ else SMALL
 
-_schemas = torch.library.Library("ldm_fused_emulated", "DEF")
-for _op in (ops.group_norm_act, ops.group_norm_act_inference, ops.group_norm_act_backward, ops.bias_add_residual,
-            ops.channel_sums):
-    _schemas.define(str(_op._schema).removeprefix("ldm_fused::"))
-
-_library = build.load("library")  # registers the kernels
 _copies = itertools.count(1)
 _current = _default
-_library.set_device(_current)
-ESTIMATES = dict(_library.estimates)  # of csrc/cuda/estimates.h: nanoseconds, and bytes a nanosecond
+_schemas = torch.library.Library("ldm_fused_emulated", "DEF")
+_operators = ("group_norm_act", "group_norm_act_inference", "group_norm_act_backward", "bias_add_residual",
+              "channel_sums")
+for _name in _operators:
+    _schemas.define(str(getattr(ops, _name)._schema).removeprefix("ldm_fused::"))
 
-group_norm_act = torch.ops.ldm_fused_emulated.group_norm_act.default
-group_norm_act_inference = torch.ops.ldm_fused_emulated.group_norm_act_inference.default
-group_norm_act_backward = torch.ops.ldm_fused_emulated.group_norm_act_backward.default
-bias_add_residual = torch.ops.ldm_fused_emulated.bias_add_residual.default
-channel_sums = torch.ops.ldm_fused_emulated.channel_sums.default
+
+class _Library:
+    """The compiled kernels. They compile for minutes, so a run that uses none of them does without."""
+
+    def __getattr__(self, name):
+        module = build.load("library")  # registers the kernels
+        module.set_device(_current)
+        self.__dict__.update(vars(module))
+        return getattr(module, name)
+
+
+_library = _Library()
+
+
+def __getattr__(name):
+    """The operators, and ESTIMATES: those of csrc/cuda/estimates.h, nanoseconds and bytes a nanosecond."""
+    if name == "ESTIMATES":
+        return dict(_library.estimates)
+    if name not in _operators:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _library.set_device(_current)
+    return getattr(torch.ops.ldm_fused_emulated, name).default
 
 
 @contextmanager

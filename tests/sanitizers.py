@@ -1,7 +1,8 @@
 """Tests under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize` runs this file as a program.
 
 It builds the extension with both sanitizers into build/sanitize, apart from the one in use, and the emulator likewise.
-Then the tests of the kernels run with these: on the CPU with each instruction set, and on the emulated CUDA kernels.
+Then the tests of the kernels run with these: on the CPU with each instruction set, and on the emulated CUDA kernels. All
+but the newest set run only the tests of what they have of their own; with --all, the others too.
 PyTorch is not instrumented, but AddressSanitizer sees to its allocations: what our code reads or writes just beyond a
 tensor's memory is seen.
 
@@ -33,6 +34,7 @@ FLAGS = (
 CPU = (["test_kernels", "test_residual", "test_dropout", "test_errors", "test_build"],
        "not [emulated and not [cuda and not every_tier and not 2_to_the_31 and not newer_instructions and not as_planned "
        "and not fullgraph and not opcheck and not export")
+KERNELS = (["test_kernels"], CPU[1])
 EMULATED = (["test_kernels", "test_residual", "test_dropout", "test_cuda_kernels", "test_emulator"],
             "not [cpu and not [cuda and not workload and not thread_order and not as_planned")
 
@@ -140,7 +142,8 @@ def main():
             sys.exit(f"{finished.stdout or ''}sanitize: FAILED to build")
 
     names = isas.stdout.split()
-    runs = {"emulated": (EMULATED, names[-1]), **{f"cpu {isa}": (CPU, isa) for isa in names}}  # the longest begins
+    runs = {"emulated": (EMULATED, names[-1])}  # the longest begins
+    runs.update((f"cpu {isa}", (CPU if isa == names[-1] or "--all" in sys.argv else KERNELS, isa)) for isa in names)
     with ThreadPoolExecutor(2) as pool:  # as many as small machines have cores, and the memory for
         emulated, *cpu = pool.map(lambda name: run(name, *runs[name]), runs)
     results = [*cpu, emulated]
