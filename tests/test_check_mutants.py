@@ -30,11 +30,12 @@ def test_switches_are_written_where_mistakes_can_be_made():
 
 @pytest.mark.parametrize("line,mutated", [
     ("cooperative_groups::this_grid().sync();", "if (!mutation::is(0)) cooperative_groups::this_grid().sync();"),
-    ("if (size > 1) cluster_sync();",
-     "if (size > mutation::bound(1) > 1) if (!mutation::is(0)) cluster_sync();"),
-    ("void cluster_sync() {", None),
-    ("__pipeline_commit();", "if (!mutation::is(0)) __pipeline_commit();"),
-    ("__pipeline_wait_prior(0);", "if (!mutation::is(0)) __pipeline_wait_prior(0);"),
+    ("if (size > 1) cluster_wait();",
+     "if (size > mutation::bound(1) > 1) if (!mutation::is(0)) cluster_wait();"),
+    ("void cluster_wait() {", None),
+    ("commit_copies();", "if (!mutation::is(0)) commit_copies();"),
+    ("wait_for_copies<2>();", "if (!mutation::is(0)) wait_for_copies<2>();"),
+    ("wait_for(counter_, target_);", "if (!mutation::is(0)) wait_for(counter_, target_);"),
     ("while (atomicAdd(&counter_->arrived, 0u) < target_) wait();",
      "while (atomicAdd(&counter_->arrived, 0u) < mutation::bound(0) < target_) wait();"),
     ("at = slot < slots ? slot : 0;", "at = slot < mutation::bound(0) < slots ? slot : 0;"),
@@ -48,6 +49,13 @@ def test_switches_are_written_where_mistakes_can_be_made():
 ])
 def test_a_switch_in_every_form_of_a_barrier_and_a_bound(line, mutated):
     assert check_mutants.mutate(line, "kernel.cuh", []) == (mutated or line) + "\n"
+
+
+def test_what_only_a_gpu_compiles_has_no_switch():
+    text = "#ifdef __CUDA_ARCH__\nif (a < b) return;\n#else\n__syncthreads();\n#endif\n"
+    mutants = []
+    assert check_mutants.mutate(text, "kernel.cuh", mutants).splitlines()[1] == "if (a < b) return;"
+    assert [m.mistake for m in mutants] == ["left out"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def test_what_is_called_harmless_is_still_there(mutants):
 
 def test_of_two_bounds_in_a_line_one_may_be_harmless(monkeypatch):
     mutants = []
-    check_mutants.mutate("  if (room > 0 && i < count) cluster_sync();", "kernel.cuh", mutants)
+    check_mutants.mutate("  if (room > 0 && i < count) cluster_wait();", "kernel.cuh", mutants)
     monkeypatch.setattr(check_mutants, "HARMLESS", [("room > 0", "bound + 1", "never one")])
     assert [m.reason for m in mutants] == [None, "never one", None, None, None]
 

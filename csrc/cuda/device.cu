@@ -1,12 +1,11 @@
 // What this process knows of each device: asked once, and kept.
-#include "cuda/device.h"
-
 #include <algorithm>
 #include <climits>
 #include <map>
 #include <mutex>
 
 #include "cuda/call.h"
+#include "cuda/device.h"
 
 namespace ldm_fused {
 namespace cuda {

@@ -77,8 +77,8 @@ __device__ __forceinline__ void add_vector(GradientSums<A> (&sums)[kSums], const
 // dx = slope * dz - k1 - k2 * (x - center), and what reaches x through the shortcut.
 template <class X, int V, int kChannels, class A>
 __device__ __forceinline__ Vec<X, V> input_gradient(const ChannelGradient<A> (&channel)[kChannels],
-                                                    const A (&centered)[V], const A (&dz)[V],
-                                                    const Vec<X, V>& shortcut, bool has_shortcut) {
+                                                    const A (&centered)[V], const A (&dz)[V], const Vec<X, V>& shortcut,
+                                                    bool has_shortcut) {
   A dx[V];
 #pragma unroll
   for (int e = 0; e < V; ++e) {

@@ -41,8 +41,8 @@ void launch_what_fits(int ordinal, const char* what, F&& attempt) {
     const Residence& r = plan.residence;
     STD_TORCH_CHECK(error == kFewClusters || !is_strict(), what, ": LDM_FUSED_STRICT_PLAN is 1, and device ", ordinal,
                     " refused the plan '", plan.tier(), "' of ", r.teams, " teams of ", r.team, " blocks of ",
-                    r.threads, " threads with ", r.shared_bytes, " bytes of shared memory: ",
-                    cudaGetErrorString(error));
+                    r.threads, " threads with ", r.shared_bytes,
+                    " bytes of shared memory: ", cudaGetErrorString(error));
     narrow(device, plan, error, ordinal);
   }
 }

@@ -92,7 +92,8 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // ---- Counters in global memory --------------------------------------------------------------------------------
 
-// Adds 1; whoever sees that also sees what was written before by this thread, and by those that it has met at a barrier.
+// Adds 1; whoever sees that also sees what was written before by this thread, and by those that it has met at a
+// barrier.
 __device__ __forceinline__ void arrive(unsigned* counter) {
 #if defined(__CUDA_ARCH__)
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");

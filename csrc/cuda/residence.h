@@ -44,7 +44,7 @@ struct Residence {
   int entries;       // partial results of a block
   int slots;         // of a thread: vectors that fit shared memory
   int kept;          // of a thread: vectors of an item that stay in its slots
-  int segment;       // of a thread: vectors that it waits for together, of one unit; copies of the next are on their way
+  int segment;       // of a thread: vectors of a unit that it waits for together
   int held;          // of a thread: the last vectors of an item, in registers; the rest is read again
   int tables;        // bytes of shared memory in front of the slots
   int shared_bytes;  // of shared memory, in all
@@ -69,8 +69,8 @@ struct Demand {
   int held;       // vectors that the registers of a thread hold for a grid's columns
 };
 
-constexpr int kMostSegments = 4;          // of an item: what a thread begins with is a quarter of its vectors
-constexpr int kSegmentUnit = 8;           // vectors: what a thread works on side by side is not cut
+constexpr int kMostSegments = 4;  // of an item: what a thread begins with is a quarter of its vectors
+constexpr int kSegmentUnit = 8;   // vectors: what a thread works on side by side is not cut
 constexpr int kMostLanes = 32;
 constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
 constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
@@ -174,7 +174,8 @@ inline Residence reside(const Shape& shape, bool columns, int bundle, int team, 
   const int slot = r.threads * demand.vector * demand.bytes;
   r.slots = std::max(0, device.shared_per_block - r.tables) / slot;
   r.kept = std::min(r.slots, r.total());
-  r.segment = r.rounds > 1 ? r.steps : int(std::max<int64_t>(1, round_up(ceil_div(r.kept, kMostSegments), kSegmentUnit)));
+  r.segment =
+      r.rounds > 1 ? r.steps : int(std::max<int64_t>(1, round_up(ceil_div(r.kept, kMostSegments), kSegmentUnit)));
   return r;
 }
 

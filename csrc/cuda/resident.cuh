@@ -218,9 +218,9 @@ class Loader {
   __device__ __forceinline__ void next_item(const Residence& r) { ahead_ -= r.kept; }
 
  private:
-  static constexpr int kTogether = 4;      // copies: their instructions stand together, of which the first costs more
+  static constexpr int kTogether = 4;  // copies: their instructions stand together, of which the first costs more
   static constexpr int kUnrolled = kGrid ? 1 : 4;  // a grid copies in between, a few at a time
-  static constexpr int kForever = 1 << 30;  // ahead of all items
+  static constexpr int kForever = 1 << 30;         // ahead of all items
 
   __device__ __forceinline__ void next_burst(const Shape& shape, const Residence& r) {
     if (slot_ == r.slots) slot_ = 0;
@@ -262,9 +262,9 @@ class Loader {
   int position_ = 0;  // of the segment's first vector in its item
   int ahead_ = 0;     // of the current item's first vector
   int slot_ = 0;
-  int burst_;    // positions up to the end of the segment or of the ring
-  int left_;     // positions of the segment behind that
-  int count_;    // vectors that are left of the unit; below 0 where it has fewer than positions
+  int burst_;  // positions up to the end of the segment or of the ring
+  int left_;   // positions of the segment behind that
+  int count_;  // vectors that are left of the unit; below 0 where it has fewer than positions
   int64_t at_;
 };
 
@@ -313,8 +313,8 @@ struct ResidentBlock {
   }
 
   // Calls f(Number<N>, slot, at) for the steps from `step` to `end` of a round whose vectors are in slots, kBatch at a
-  // time and what is left one by one, and after(step) now and then. Offsets are added up: a multiplication of 64 bits is
-  // several instructions.
+  // time and what is left one by one, and after(step) now and then. Offsets are added up: a multiplication of 64 bits
+  // is several instructions.
   template <int kBatch, class F, class After>
   __device__ __forceinline__ void each_kept(const Span& span, int round, int step, int end, F&& f,
                                             After&& after) const {
@@ -356,10 +356,10 @@ struct ResidentBlock {
   // Waits for the thread's copies of a segment of the item, of which only the later ones may still be on their way.
   __device__ __forceinline__ void wait_for_segment(int segment) const {
     switch (r.segments() - 1 - segment) {
-      case 0: return wait_for_copies<0>();
-      case 1: return wait_for_copies<1>();
-      case 2: return wait_for_copies<2>();
-      default: return wait_for_copies<3>();
+      case 0: wait_for_copies<0>(); break;
+      case 1: wait_for_copies<1>(); break;
+      case 2: wait_for_copies<2>(); break;
+      default: wait_for_copies<3>();
     }
   }
 

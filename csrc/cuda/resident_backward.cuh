@@ -36,7 +36,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   static constexpr int kOfX = V * int(sizeof(X)) / 16;  // pieces of a slot; dy's are behind them
   static constexpr int kBatch = kBatchOf<VectorX> / 2;  // vectors of x, and as many of dy
   static constexpr int kOfDx = kKeepsGradient ? kBatchOf<VectorX> : kBatch;
-  static constexpr int kSums = kColumns ? V : 2;        // side by side, where one would be a long chain
+  static constexpr int kSums = kColumns ? V : 2;  // side by side, where one would be a long chain
 
   const BackwardParams& p;
   const X* const x;
@@ -77,9 +77,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
 
   // What vectors of the unit are computed with; k1 and k2 once the team knows them.
   __device__ __forceinline__ void load_channels(const Span& span, Channels& channel, bool projects) const {
-    const auto read = [&](Tables::Value value) {
-      return tables.template read<Block::kChannels>(value, span.channel);
-    };
+    const auto read = [&](Tables::Value value) { return tables.template read<Block::kChannels>(value, span.channel); };
     const auto center = read(Tables::kCenter), slope = read(Tables::kSlope), offset = read(Tables::kOffset);
 #pragma unroll
     for (int c = 0; c < Block::kChannels; ++c) channel[c] = {{center.e[c], slope.e[c], offset.e[c]}, {}};

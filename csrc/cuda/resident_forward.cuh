@@ -15,8 +15,8 @@ template <int kChannels>
 struct ChannelMoments {
   float count, mean[kChannels], m2[kChannels];
 
-  // N vectors: their mean first, then what deviates from it, then both are merged as a whole. 16-bit numbers are centered
-  // by their mean, not by the shift: they have few digits, so that the mean of some is as good without.
+  // N vectors: their mean first, then what deviates from it, then both are merged as a whole. 16-bit numbers are
+  // centered by their mean, not by the shift: they have few digits, so that the mean of some is as good without.
   template <class X, int V, int N>
   __device__ __forceinline__ void add(const Vec<X, V> (&v)[N], const float (&shift)[kChannels]) {
     constexpr int kCount = N * V / kChannels;  // values of a channel
@@ -213,8 +213,8 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     widen(first, values);
 #pragma unroll
     for (int c = 0; c < Block::kChannels; ++c) {
-      shift[c] = __shfl_sync(kAllLanes, values[c], kColumns ? r.by_lanes.remainder(lane_index()) : 0,
-                             kColumns ? 32 : r.lanes);
+      shift[c] =
+          __shfl_sync(kAllLanes, values[c], kColumns ? r.by_lanes.remainder(lane_index()) : 0, kColumns ? 32 : r.lanes);
     }
   }
 

@@ -77,8 +77,8 @@ class Team {
 
   __device__ __forceinline__ void next_item() { turn_ ^= 1; }
 
-  // No block of a cluster may leave while another reads its shared memory. Between the two calls a block stores results,
-  // for which nobody waits.
+  // No block of a cluster may leave while another reads its shared memory. Between the two calls a block stores
+  // results, for which nobody waits.
   __device__ __forceinline__ void has_read() {
     if (!kGrid && size > 1) cluster_arrive();
   }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(Backwar
   const Mask<A> mask(p.dropout);
   stream<V>(unit, p.shape.channels, x, dy, [&](int64_t at, const Vec<X, V>& vx, const Vec<Y, V>& vdy) {
     A dz[V];
-      add_vector<kFast<X>>(sums, mask, unit.first + at, p.silu, p.sums == 3, affine, vx, vdy, dz);
+    add_vector<kFast<X>>(sums, mask, unit.first + at, p.silu, p.sums == 3, affine, vx, vdy, dz);
   });
 
   using SumRows = Rows<GradientSums<A>, V>;

@@ -125,21 +125,20 @@ Device device() { return cuda::device_of(emulator::device.ordinal); }
 void set_device(const std::map<std::string, int>& properties) {
   static std::map<std::map<std::string, int>, int> ordinals;
   emulator::Device d;
-  const std::map<std::string, int*> members = {
-      {"multiprocessors", &d.multiprocessors},
-      {"major", &d.major},
-      {"minor", &d.minor},
-      {"l2_bytes", &d.l2_bytes},
-      {"shared_per_multiprocessor", &d.shared_per_multiprocessor},
-      {"shared_per_block", &d.shared_per_block},
-      {"threads_per_multiprocessor", &d.threads_per_multiprocessor},
-      {"code_version", &d.code_version},
-      {"multiprocessors_per_group", &d.multiprocessors_per_group},
-      {"largest_cluster", &d.largest_cluster},
-      {"refused_cluster", &d.refused_cluster},
-      {"refused_grid", &d.refused_grid},
-      {"refusal", &d.refusal},
-      {"copy", &d.copy}};
+  const std::map<std::string, int*> members = {{"multiprocessors", &d.multiprocessors},
+                                               {"major", &d.major},
+                                               {"minor", &d.minor},
+                                               {"l2_bytes", &d.l2_bytes},
+                                               {"shared_per_multiprocessor", &d.shared_per_multiprocessor},
+                                               {"shared_per_block", &d.shared_per_block},
+                                               {"threads_per_multiprocessor", &d.threads_per_multiprocessor},
+                                               {"code_version", &d.code_version},
+                                               {"multiprocessors_per_group", &d.multiprocessors_per_group},
+                                               {"largest_cluster", &d.largest_cluster},
+                                               {"refused_cluster", &d.refused_cluster},
+                                               {"refused_grid", &d.refused_grid},
+                                               {"refusal", &d.refusal},
+                                               {"copy", &d.copy}};
   for (const auto& [name, value] : properties) *members.at(name) = value;
   if (!properties.count("code_version")) d.code_version = 10 * d.major + d.minor;
   d.ordinal = ordinals.try_emplace(properties, int(ordinals.size())).first->second;
@@ -271,7 +270,8 @@ PYBIND11_MODULE(library, m) {
     int64_t sum = 0;
     const auto start = std::chrono::steady_clock::now();
     for (int i = 0; i < repetitions; ++i) {
-      sum += plan_forward(shape_of(sizes, groups, false), Dtype::bfloat16, Dtype::bfloat16, true, 4, device()).bytes_read;
+      sum +=
+          plan_forward(shape_of(sizes, groups, false), Dtype::bfloat16, Dtype::bfloat16, true, 4, device()).bytes_read;
     }
     const std::chrono::duration<double, std::micro> taken = std::chrono::steady_clock::now() - start;
     return sum > 0 ? taken.count() / repetitions : 0.0;
