@@ -146,8 +146,8 @@ def judge_resident(code):
     in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
     own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
     registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
-    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not. STRONG accesses
-    are how blocks wait for each other, and of no vector.
+    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not; STRONG
+    accesses, by which blocks wait for each other, never are.
     """
     flow = Flow(code)
     streaming, places, asides = [], [], []
