@@ -348,7 +348,8 @@ def main():
             sys.exit(f"sass: {error}")
     costs = {arch: {f.name: f.cost for f in some if f.cost} for arch, some in functions.items()}
     if issue_slots.ARCH in costs:
-        issue_slots.write(costs[issue_slots.ARCH], ROOT / "build" / "sass" / "issue.json")
+        registers = {f.name: f.registers for f in functions[issue_slots.ARCH]}
+        issue_slots.write(costs[issue_slots.ARCH], registers, ROOT / "build" / "sass" / "issue.json")
     fast, line = issue_slots.report(costs, options.all)
     sound = report(functions, options.all)
     print(line)

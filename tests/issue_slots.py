@@ -269,9 +269,11 @@ def report(costs, every_kernel=False):
                        f"{on} of the issue slots at copy bandwidth")
 
 
-def write(costs, path):
-    """Leaves {kernel: {phase: Phase}} for the time model; a phase "..., not kept" comes in place of the other."""
+def write(costs, registers, path):
+    """Leaves {kernel: {phase: Phase}} for the time model, where a phase "..., not kept" comes in place of the other, and
+    beside the phases `alone`, exponentials that are alone in their basic block, and `registers` of a thread."""
     path.write_text(json.dumps({name: {
+        "registers": registers[name], "alone": len(cost.lone),
         **{phase: asdict(some) for phase, some in cost.phases.items()},
         **{f"{phase}, not kept": asdict(some) for phase, some in cost.again.items()}} for name, cost in costs.items()},
         indent=1))

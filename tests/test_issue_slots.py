@@ -268,9 +268,11 @@ def test_a_kernel_with_a_limit_that_is_not_compiled_fails(capsys):
 
 
 def test_the_time_model_gets_what_was_counted(tmp_path):
-    issue_slots.write(costs(), tmp_path / "issue.json")
+    issue_slots.write(costs(), dict.fromkeys(issue_slots.LIMITED, 64), tmp_path / "issue.json")
     read = json.loads((tmp_path / "issue.json").read_text())
     assert list(read) == list(issue_slots.LIMITED)
+    assert list(read[FORWARD]) == ["registers", "alone", "copy", "statistics", "apply"]
+    assert (read[FORWARD]["registers"], read[FORWARD]["alone"]) == (64, 0)
     assert read[FORWARD]["apply"] == {"instructions": 55 / 16, "mufu": 2, "exponentials": 1, "elements": 16,
                                       "loop": "0x0260"}
 
