@@ -58,7 +58,7 @@ bench: build ## build, then run the benchmark
 	$(PY) benchmarks/bench_fused.py $(ARGS)
 
 # Needs nvcc and nvdisasm (all that `cuobjdump -sass` does is to run it), which a part of a toolkit may lack.
-sass: toolkit ## compile the CUDA kernels for every architecture, and check registers, spills and access widths
+sass: toolkit ## compile the CUDA kernels for every architecture; check spills, widths and instructions
 ifndef PYTHON
 	@PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin:$$(echo .venv/lib/python*/site-packages/nvidia/cu*/bin)"; \
 	command -v nvdisasm >/dev/null || $(PY) -m pip install nvidia-cuda-nvdisasm

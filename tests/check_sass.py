@@ -146,8 +146,8 @@ def judge_resident(code):
     in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
     own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
     registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
-    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not. STRONG accesses
-    are how blocks wait for each other, and of no vector.
+    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not; STRONG
+    accesses, by which blocks wait for each other, never are.
     """
     flow = Flow(code)
     streaming, places, asides = [], [], []
@@ -348,7 +348,8 @@ def main():
             sys.exit(f"sass: {error}")
     costs = {arch: {f.name: f.cost for f in some if f.cost} for arch, some in functions.items()}
     if issue_slots.ARCH in costs:
-        issue_slots.write(costs[issue_slots.ARCH], ROOT / "build" / "sass" / "issue.json")
+        registers = {f.name: f.registers for f in functions[issue_slots.ARCH]}
+        issue_slots.write(costs[issue_slots.ARCH], registers, ROOT / "build" / "sass" / "issue.json")
     fast, line = issue_slots.report(costs, options.all)
     sound = report(functions, options.all)
     print(line)

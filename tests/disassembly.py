@@ -121,7 +121,8 @@ class Flow:
         found = []
         for body in self.cycles(self.everything if within is None else within):
             entries = {i for i in body if set(self.before[i]) - body} or {min(body)}
-            found.append(Loop(body, entries, self.loops(body - entries)))  # without its entry it does not run again, others do
+            inner = self.loops(body - entries)  # without its entry it does not run again, others do
+            found.append(Loop(body, entries, inner))
         return found
 
     def blocks(self, within):

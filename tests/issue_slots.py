@@ -4,20 +4,12 @@ while it copies that element's bytes.
 `make sass` judges every resident and every streaming kernel by it, float64's and misaligned tensors' (V = 1) apart.
 
 What is counted
-  - Every instruction on the way of one turn through a loop that moves vectors takes one issue slot: predicated ones
+  - Every instruction on the main way of a turn through a loop that moves vectors takes an issue slot: predicated ones
     that do nothing, uniform ones and address arithmetic too. MUFU operations are counted beside them.
-  - A loop moves vectors if it has, itself and not in a loop inside it, an access of 16 bytes: LDGSTS; LDG, STG; LDS,
-    STS. (Parameters are read in narrower ones.) What a turn does by its LDGSTS is copy; with an STG it is the phase that
-    writes (apply, dx), else the one that reduces (statistics, sums). Its elements are the bytes that the turn stores
-    (writing; sums that keep what they compute), loads (reducing) or copies, over those of an element.
-  - Of all ways through the loop the main one is, in this order of importance, the one that writes most, that loads most
-    from shared memory, that uses most of what it has loaded and exponentiated, that keeps and copies most, that
-    exponentiates most, and that issues fewest instructions. So all vectors of a batch are there, the activation is on,
-    and dropout, shortcuts, biases' gradients and the step from unit to unit, if they are branches, are off. That a way
-    uses what it loads keeps two branches that always go together from being taken apart.
-  - A loop inside a loop: if it moves vectors it is a phase of its own, and passing it costs its outer loop nothing;
-    else, with a loop that does inside of it or not, the outer one pays for one turn. A subroutine costs its shortest
-    way.
+  - A turn with an STG of 16 bytes is of the phase that writes (apply, dx), else one with an LDS or LDG of the one that
+    reduces (statistics, sums), else one with an LDGSTS of copy. Its elements are the bytes that it stores (writing, or
+    keeping what sums have computed), loads (reducing) or copies, over those of an element.
+  - main_way.py says which way through a loop is the main one, and what it does with loops inside it.
   - Of several loops of one phase that one counts which loads most of an element from shared memory (what is not kept on
     the chip comes from global memory, and is named apart), then exponentiates most an element, then keeps most, then
     does most in a turn (others take what is left over), and then is the cheapest. A loop that reduces computes
@@ -40,10 +32,9 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-from disassembly import Flow
+from main_way import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -103,250 +94,6 @@ def tensors_of(name):
         "channel_sums": Tensors(x, 0, 0, x, ("sums",), "sums"),
     }
     return streaming.get(re.sub("_(rows|columns)$", "", base))
-
-
-# ---- The way through a loop -----------------------------------------------------------------------------------------
-
-WIDE = 16  # bytes
-PAIRS = ("FADD2", "FMUL2", "FFMA2")  # of registers
-FLOATS = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FMNMX": 1, "HADD2": 2, "HMUL2": 2, "HFMA2": 2,  # operations each
-          **dict.fromkeys(PAIRS, 2)}
-
-
-def registers(instruction):
-    """The numbers of those that it writes and of those that it reads; of a vector all, of a pair both where it shows."""
-    parts = instruction.opcode.split(".")
-    width = 4 if "128" in parts else 2 if {"64", "WIDE", "F64"} & set(parts) or parts[0] in PAIRS else 1
-    operands = [each.strip() for each in instruction.operands.split(",")]
-    numbers = [[int(number) for number in re.findall(r"\bR(\d+)", each)] for each in operands]
-    written = set()
-    if instruction.kind in ("STG", "STS", "ST"):
-        numbers[-1] = [number + i for number in numbers[-1] for i in range(width)]
-    elif "SETP" not in instruction.kind:
-        first = 1 if re.match(r"U?P[\dT]", operands[0]) and len(operands) > 1 else 0
-        if re.match(r"R\d", operands[first]):
-            written = {numbers[first][0] + i for i in range(width)}
-            numbers[first] = []
-    return written, {number for some in numbers for number in some}
-
-
-@dataclass
-class Way:
-    """One turn through a loop."""
-    loop: object
-    parent: object  # the loop around it
-    indices: list  # of its instructions, in their order
-    bytes: dict  # moved in accesses of 16 bytes, by kind of instruction
-    instructions: int
-    mufu: int
-    exponentials: int
-    floats: int
-    phase: str = ""
-    elements: float = 0
-
-    def an_element(self, what):
-        return getattr(self, what) / self.elements
-
-    def of(self, kind):
-        return self.bytes.get(kind, 0)
-
-
-@dataclass
-class Label:
-    """The best way so far to a block, of those that use the same."""
-    moved: tuple  # what counts more than what is used
-    used: int  # a bit for each register that was loaded or exponentiated
-    rest: tuple  # what counts less
-    block: int
-    before: object
-
-    @property
-    def rank(self):
-        return self.moved, bin(self.used).count("1"), self.rest
-
-
-MOST_LABELS = 200  # of a block; more are met only where registers hold vectors, outside of the loops that are judged
-
-
-class Kernel:
-    def __init__(self, code):
-        self.code, self.flow = code, Flow(code)
-
-    @cached_property
-    def wide(self):
-        """{index: bytes} of the accesses of 16 bytes."""
-        return {i: each.width for i, each in enumerate(self.code.instructions)
-                if each.kind in ("LDGSTS", "LDG", "STG", "LDS", "STS") and each.width >= WIDE}
-
-    def bytes(self, indices):
-        found = defaultdict(int)
-        for i in indices:
-            if i in self.wide:
-                found[self.code.instructions[i].kind] += self.wide[i]
-        return found
-
-    @cached_property
-    def registers(self):
-        return [registers(each) for each in self.code.instructions]
-
-    @cached_property
-    def exponential(self):
-        return [re.match(r"MUFU\.(EX2|TANH)", each.opcode) is not None for each in self.code.instructions]
-
-    @cached_property
-    def arithmetic(self):
-        """Floating-point operations of each instruction; 0 for one that only unpacks, as HADD2.F32 R1, -RZ, R2.H0_H0
-        does."""
-        return [each.kind == "MUFU" or FLOATS.get(each.kind, 0) * ("RZ," not in each.operands)
-                for each in self.code.instructions]
-
-    def run_of(self, i):
-        """i, and the shortest way through the subroutine that it calls."""
-        start = self.flow.called(i)
-        if start is None:
-            return [i]
-        before, todo = {start: None}, [start]
-        for j in todo:
-            if self.code.instructions[j].kind == "RET":
-                way = [j]
-                while before[way[-1]] is not None:
-                    way.append(before[way[-1]])
-                return [i, *reversed(way)]
-            for k in self.flow.after[j]:
-                if k not in before:
-                    before[k] = j
-                    todo.append(k)
-        raise ValueError(f"the subroutine that {self.code.instructions[i]} calls does not return")
-
-    def uses(self, loop, loads):
-        """{index: bits} of the instructions that compute with what one of the loop's wide `loads` or exponentials
-        has left in a register, a bit for each of these registers; unpacked or moved before, and in the next turn too.
-        """
-        found, bits = defaultdict(int), {}
-        for i in sorted(loop.own):
-            if self.exponential[i] or i in self.wide and self.code.instructions[i].kind in loads:
-                bits[i] = {each: 1 << sum(map(len, bits.values())) + k for k, each in enumerate(self.registers[i][0])}
-        blocks = self.flow.blocks(loop.body)
-        held = {block: defaultdict(int) for block in blocks}  # {register: bits of what it comes from} at its start
-        todo = sorted(blocks, reverse=True)
-        while todo:
-            block = todo.pop()
-            now = held[block].copy()
-            for i in blocks[block]:
-                written, read = self.registers[i]
-                carried = 0
-                for register in read:
-                    carried |= now[register]
-                if self.arithmetic[i]:
-                    found[i] |= carried
-                    carried = 0
-                for register in written:
-                    kept = now[register] if self.code.instructions[i].predicate else 0
-                    now[register] = bits.get(i, {}).get(register, carried) | kept
-            for target in self.flow.after[blocks[block][-1]]:
-                if target not in blocks:
-                    continue
-                more = [(register, some) for register, some in now.items() if some & ~held[target][register]]
-                for register, some in more:
-                    held[target][register] |= some
-                if more and target not in todo:
-                    todo.append(target)
-        return found
-
-    def turn(self, loop):
-        """The indices of the main way."""
-        head, inner = min(((entry, loop.inner if len(loop.entries) == 1 else self.flow.loops(loop.body - {entry}))
-                           for entry in sorted(loop.entries)), key=lambda pair: sum(len(each.body) for each in pair[1]))
-        basic = self.flow.blocks(loop.body)
-        runs = {block: [j for i in indices for j in self.run_of(i)] for block, indices in basic.items()}
-        blocks = {i: block for block, indices in basic.items() for i in indices}
-        copied = {}
-        for each in inner:  # is passed like a block
-            place = min(each.body)
-            for i in each.body:
-                runs.pop(blocks[i], None)
-                blocks[i] = place
-            runs[place] = [] if self.bytes(each.own) else self.turn(each)
-            copied[place] = self.bytes(each.body)["LDGSTS"]
-        edges = {block: set() for block in runs}
-        for i in loop.body:
-            edges[blocks[i]] |= {blocks[j] for j in self.flow.after[i] if j in loop.body and blocks[j] != blocks[i]}
-        order = self.order(head, edges)
-        last = {blocks[i] for i in self.flow.before[head] if i in loop.body}
-
-        own = self.bytes(loop.own)
-        from_memory = not (own["STG"] or own["LDS"])
-        uses = self.uses(loop, ("LDS", "LDG") if from_memory else ("LDS",))
-
-        values = {}  # what each block adds to a label
-        for block, run in runs.items():
-            moved, used = self.bytes(run), 0
-            for i in run:
-                used |= uses[i]
-            values[block] = ((moved["STG"], moved["LDS"], from_memory * moved["LDG"]), used,
-                             (moved["STS"], moved["LDGSTS"] + copied.get(block, 0),
-                              sum(self.exponential[i] for i in run), -len(run)))
-
-        def follow(before, block):
-            moved, used, rest = values[block]
-            return Label(tuple(map(sum, zip(before.moved, moved))), before.used | used,
-                         tuple(map(sum, zip(before.rest, rest))), block, before)
-
-        labels = defaultdict(list, {head: [Label(*values[head], head, None)]})
-        for block in order:
-            labels[block] = self.best(labels[block])
-            for target in edges[block] - {head}:
-                labels[target] += [follow(label, target) for label in labels[block]]
-        label = max((label for block in last for label in labels[block]), key=lambda label: label.rank)
-        way = []
-        while label:
-            way.append(label.block)
-            label = label.before
-        return [i for block in reversed(way) for i in runs[block]]
-
-    @staticmethod
-    def best(labels):
-        """Those that no other is better than, whatever follows."""
-        most = max(label.moved for label in labels)
-        found = []
-        for label in sorted((each for each in labels if each.moved == most), key=lambda each: each.rank, reverse=True):
-            if not any(label.used | other.used == other.used and other.rest >= label.rest for other in found):
-                found.append(label)
-        return found[:MOST_LABELS]
-
-    def order(self, head, edges):
-        """The blocks of a loop, each behind all that lead to it."""
-        found, state = [], {head}
-        todo = [(head, iter(edges[head]))]
-        while todo:
-            block, targets = todo[-1]
-            target = next((each for each in targets if each not in state), None)
-            if target is None:
-                found.append(block)
-                todo.pop()
-            else:
-                state.add(target)
-                todo.append((target, iter(edges[target])))
-        return found[::-1]
-
-    def ways(self):
-        """The main ways of all loops that move vectors."""
-        def walk(loops, parent):
-            for loop in loops:
-                if self.bytes(loop.own):
-                    indices = self.turn(loop)
-                    yield Way(loop, parent, indices, self.bytes(indices), len(indices),
-                              sum(self.code.instructions[i].kind == "MUFU" for i in indices),
-                              sum(self.exponential[i] for i in indices), sum(self.arithmetic[i] for i in indices))
-                yield from walk(loop.inner, loop)
-
-        return list(walk(self.flow.loops(), None))
-
-    def lone(self, way):
-        """The exponentials of a way that are the only one of their basic block."""
-        found = [[i for i in indices if self.exponential[i]]
-                 for indices in self.flow.blocks(set(way.indices)).values()]
-        return [self.code.instructions[some[0]] for some in found if len(some) == 1]
 
 
 # ---- The phases of a kernel -----------------------------------------------------------------------------------------
@@ -486,10 +233,10 @@ def report(costs, every_kernel=False):
 
     `costs`: {architecture: {name: Cost}}. Without every_kernel only those that have a limit get a line.
     """
-    print("\nInstructions and MUFU operations an element, on the main ways through the loops that move vectors, and how\n"
-          "many exponentials there are alone in their basic block. With a limit: " + ", ".join(
-              f"{direction} {limit.instructions:g} and {limit.mufu:g}" for direction, limit in LIMITS.items())
-          + f", on {ARCH}.\n\n  arch instructions  MUFU  alone  kernel: phases")
+    limits = ", ".join(f"{direction} {limit.instructions:g} and {limit.mufu:g}" for direction, limit in LIMITS.items())
+    print("\nInstructions and MUFU operations an element, on main ways of loops that move vectors, and how many\n"
+          f"exponentials are alone in their basic block. The limits on {ARCH}: {limits}.\n\n"
+          "  arch instructions  MUFU  alone  kernel: phases")
     for arch, some in costs.items():
         print(f"{arch:>6}")
         for name in sorted(some):
@@ -506,7 +253,7 @@ def report(costs, every_kernel=False):
                          for what in ("instructions", "mufu")} for direction in LIMITS}
     moved = {direction: tensors_of(next(name for name, of in LIMITED.items() if of == direction)).moved
              for direction in LIMITS}
-    print(f"\nThe share of the issue slots and of the MUFU unit that {ARCH}'s worst of them takes at copy bandwidth:\n\n"
+    print(f"\nThe share of the issue slots and of the MUFU unit that {ARCH}'s worst ones take at copy bandwidth:\n\n"
           "              TB/s   forward   MUFU   backward   MUFU")
     shares = {}
     for gpu in DEVICES.values():
@@ -517,14 +264,16 @@ def report(costs, every_kernel=False):
     if wrong:
         print(f"\n{len(wrong)} faults:", *wrong, sep="\n")
     forward, backward = (f"{worst[direction]['instructions']:.1f}" for direction in LIMITS)
-    return not wrong, (f"issue: forward worst {forward} instructions an element, backward worst {backward}; " + ", ".join(
-        f"{name} {shares[name][0]} / {shares[name][2]}" for name in ("H100", "H200"))
-        + " of the issue slots at copy bandwidth")
+    on = ", ".join(f"{name} {shares[name][0]} / {shares[name][2]}" for name in ("H100", "H200"))
+    return not wrong, (f"issue: forward worst {forward} instructions an element, backward worst {backward}; "
+                       f"{on} of the issue slots at copy bandwidth")
 
 
-def write(costs, path):
-    """Leaves {kernel: {phase: Phase}} for the time model; a phase "..., not kept" comes in place of the other."""
+def write(costs, registers, path):
+    """Leaves {kernel: {phase: Phase}} for the time model, where a phase "..., not kept" comes in place of the other, and
+    beside the phases `alone`, exponentials that are alone in their basic block, and `registers` of a thread."""
     path.write_text(json.dumps({name: {
+        "registers": registers[name], "alone": len(cost.lone),
         **{phase: asdict(some) for phase, some in cost.phases.items()},
         **{f"{phase}, not kept": asdict(some) for phase, some in cost.again.items()}} for name, cost in costs.items()},
         indent=1))

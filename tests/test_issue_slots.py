@@ -2,13 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
+import check_sass
 import issue_slots
 import pytest
 from disassembly import parse_sass
 
 from benchmarks import workloads
 from benchmarks.devices import DEVICES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 FORWARD, BACKWARD = (f"resident_{direction}<BFloat16, BFloat16, 8, false, true>" for direction in
                      ("forward", "backward"))
@@ -264,21 +268,32 @@ def test_a_kernel_with_a_limit_that_is_not_compiled_fails(capsys):
 
 
 def test_the_time_model_gets_what_was_counted(tmp_path):
-    issue_slots.write(costs(), tmp_path / "issue.json")
+    issue_slots.write(costs(), dict.fromkeys(issue_slots.LIMITED, 64), tmp_path / "issue.json")
     read = json.loads((tmp_path / "issue.json").read_text())
     assert list(read) == list(issue_slots.LIMITED)
+    assert list(read[FORWARD]) == ["registers", "alone", "copy", "statistics", "apply"]
+    assert (read[FORWARD]["registers"], read[FORWARD]["alone"]) == (64, 0)
     assert read[FORWARD]["apply"] == {"instructions": 55 / 16, "mufu": 2, "exponentials": 1, "elements": 16,
                                       "loop": "0x0260"}
 
 
 @pytest.mark.parametrize("name,moved", [
-    (FORWARD, 4), (BACKWARD, 6), ("resident_backward<float, Half, 8, true, true>", 10), ("apply_rows<Half, float, 8>", 6),
-    ("statistics_columns<float, 4>", 4), ("sums_rows<BFloat16, BFloat16, 8>", 4), ("channel_sums_rows<Half, 8>", 2),
+    (FORWARD, 4), (BACKWARD, 6), ("resident_backward<float, Half, 8, true, true>", 10),
+    ("apply_rows<Half, float, 8>", 6), ("statistics_columns<float, 4>", 4), ("sums_rows<BFloat16, BFloat16, 8>", 4),
+    ("channel_sums_rows<Half, 8>", 2),
     ("input_gradient_columns<BFloat16, float, 8>", 8), ("residual_rows<BFloat16, 8>", 6),
     ("apply_rows<float, float, 1>", None), ("apply_rows<double, double, 2>", None), ("merge_sums<float>", None)])
 def test_which_kernels_are_judged_and_what_an_element_is(name, moved):
     tensors = issue_slots.tensors_of(name)
     assert (tensors and tensors.moved) == moved
+
+
+def test_every_streaming_and_every_resident_kernel_of_the_sources_is_judged():
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
+    found = {name + arguments for name in re.findall(r"__global__ void[^{;]*?(\w+)\(\w+ p\)", sources)
+             for arguments in ("<float, 4>", "<float, float, 4>", "<float, float, 4, true, true>")}
+    found = [name for name in found if check_sass.role(name) in ("streaming", "resident")]
+    assert len(found) > 20 and [name for name in found if not issue_slots.tensors_of(name)] == []
 
 
 def test_devices_have_the_issue_slots_that_a_budget_counts_with():
