@@ -4,7 +4,7 @@
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
 
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 
 namespace ldm_fused {
 
