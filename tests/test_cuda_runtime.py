@@ -1,5 +1,7 @@
 """CUDA graphs, streams, devices other than the default and tensors larger than the chip. All of it needs a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from oracle import assert_within_bound, eager, make_case, oracle
@@ -43,6 +45,60 @@ def test_graph_capture_and_replay(shape, num_groups):
             x.copy_(torch.randn_like(x))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, training_step(x, weight, dy, num_groups)))
+
+
+# Of one kernel, with different needs of shared memory.
+LARGE, SMALL = (8, 64, 128, 128), (8, 64, 64, 64)
+
+
+def test_a_graph_can_be_replayed_after_smaller_calls():
+    large, small = arguments(LARGE), arguments(SMALL)
+    expected = training_step(*large)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = training_step(*large)
+    for _ in range(3):
+        training_step(*small)
+        for t in results:
+            t.zero_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+def test_host_threads_do_not_take_shared_memory_from_each_other():
+    cases = [arguments(LARGE), arguments(SMALL)]
+    expected = [training_step(*case) for case in cases]
+
+    def repeat(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [training_step(*cases[i]) for _ in range(200)][-1]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(a, b) for a, b in zip(found, expected[i]))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(repeat, range(2))) == [True, True]
+
+
+@SHAPES
+def test_without_gradients_the_bits_are_the_same(shape, num_groups):
+    x, weight, dy, _ = arguments(shape, num_groups)
+    y, *_ = training_step(x, weight, dy, num_groups)
+    with torch.no_grad():
+        assert torch.equal(ldm_fused.group_norm_silu(x, num_groups, weight), y)
+
+
+@SHAPES
+@pytest.mark.parametrize("limit", [0, 20])
+def test_a_part_of_the_device_gives_the_same(shape, num_groups, limit):
+    case = arguments(shape, num_groups)
+    expected = training_step(*case)
+    before = ldm_fused.limit_multiprocessors(limit)
+    try:
+        found = training_step(*case)
+    finally:
+        ldm_fused.limit_multiprocessors(before)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 @SHAPES

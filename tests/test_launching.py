@@ -269,7 +269,7 @@ def test_strict_plans_do_not_give_way(what, properties, shape, num_groups, monke
     case = make_case(shape, num_groups)
     with emulated.device(emulated.fresh(dict(properties, refusal=REFUSALS["out of resources"]))):
         monkeypatch.setenv("LDM_FUSED_STRICT_PLAN", "1")
-        for _ in range(2 if what == "cluster" else 1):
+        for _ in range(2):
             with pytest.raises(RuntimeError, match=f"refused the plan '{what}.* bytes of shared memory: too many res"):
                 forward(case)
         monkeypatch.setenv("LDM_FUSED_STRICT_PLAN", "0")

@@ -3,9 +3,13 @@
 
 #include <type_traits>
 
+<<<<<<< HEAD
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/team.cuh"
+=======
+#include "cuda/launch.h"
+>>>>>>> host
 
 namespace ldm_fused {
 
