@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""One command for a GPU machine: builds, tests, sanitizes, times, and writes down what came of it. See --help."""
+"""A GPU run in two parts of four minutes, `correct` and `time`: tests or times, and writes down what came of it."""
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -20,25 +19,42 @@ from typing import Callable, Dict, List, Optional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_summary  # noqa: E402  (torch is imported only when it is needed: --help answers at once)
+# torch is imported only when it is needed: --help answers at once
+from benchmarks import gpu_summary  # noqa: E402
+from benchmarks.gpu_verdicts import judged, sanitized, totals, worst  # noqa: E402
 
 EPILOG = """\
-stages, in the order of worth; one that fails or runs out of time stops none that follow:
-  build      the extension, and beside it the emulator that runs the CUDA kernels on the CPU
-  tests      the whole suite, in several processes
-  sanitizer  compute-sanitizer's tools over the calls of tests/small_cases.py, where the machine has it
-  timings    bench_fused.py over all workloads, in both layouts and two dtypes, for what is left of --seconds
+stages; one that fails or runs out of time stops none that follow:
+  correct
+    build      the extension
+    tests      those that use the GPU, in several processes
+    instances  every instance of every kernel, with the plan's tier enforced (LDM_FUSED_STRICT_PLAN=1), beside the tests
+    sanitizer  compute-sanitizer's tools over the calls of tests/small_cases.py, for the time that is left
+  time
+    build      the same, which has little to do after the other part
+    timings    bench_fused.py --sample, with what torch.compile makes of it compiled ahead
+    decoder    the decoder of an autoencoder, for the time that is left
 
 in OUT, written anew every few seconds, so that a run which is killed leaves what it had:
-  summary.md                                one page
-  run.json                                  the same as data, and every test that failed
-  timings.json, timings.csv, timings.png    by bench_fused.py
-  log.txt                                   what every command printed
+  summary.md                    one page
+  run.json                      the same as data, and every test that failed
+  timings.json, timings.csv     by bench_fused.py
+  decoder.json                  the same
+  log.txt                       what every command printed
 
 The exit status is 0 if no stage failed. COMMIT=... names the commit where the tree has no git.
+benchmarks/results/README.md says how to read and compare the files.
 """
 SMALL_CASES = ROOT / "tests" / "small_cases.py"
-LIMITS = {"build": 180, "tests": 170, "sanitizer": 90}  # seconds; timings have the rest
+PARTS = {"correct": ("build", "tests", "instances", "sanitizer"), "time": ("build", "timings", "decoder")}
+SECONDS = 225  # of a part: with the start and the end it takes no more than four minutes
+LIMITS = {"build": 120, "tests": 75, "compile": 45}  # seconds; what comes last has the rest
+DECODER = 25  # seconds that timings leave to the decoder
+# What uses the device; the emulator would compile for minutes.
+USES = "{} and not emulated"
+EMULATED = ("test_cuda_kernels", "test_emulator", "test_traffic", "test_check_mutants")
+PROVIDERS = "eager,F.silu,compile,cooperative,triton,ours,again"
+RESULTS = ("timings.json", "timings.csv", "decoder.json")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # What a tool must say of a mistake on purpose (tests/small_cases.py --wrong), or its silence elsewhere proves nothing.
 MISTAKES = {"memcheck": ("outside", r"Invalid .*read"), "initcheck": ("unwritten", "Uninitialized")}
@@ -96,17 +112,18 @@ class Run:
     def __init__(self, args) -> None:
         self.args, self.begun, self.written = args, time.monotonic(), 0.0
         self.jobs: List[Job] = []
-        self.prepare: Optional[Job] = None
+        self.instances: Optional[Job] = None
         self.folder = Path(tempfile.mkdtemp(prefix="ldm_fused-gpu-"))
         self.data: dict = {
             "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "seconds": 0.0,
+            "part": args.part,
             "device": args.device,
             "machine": describe(args.device),
             "stages": [{"name": name, "status": "not run", "seconds": 0.0, "notes": []} for name in args.stages],
         }
         args.out.mkdir(parents=True, exist_ok=True)
-        for name in ("timings.json", "timings.csv", "timings.png"):  # of an earlier run
+        for name in RESULTS:  # of an earlier run
             (args.out / name).unlink(missing_ok=True)
 
     def left(self) -> float:
@@ -139,7 +156,8 @@ class Run:
         texts = {
             "run.json": json.dumps(self.data, indent=1) + "\n",
             "log.txt": "\n".join(job.log() for job in self.jobs),
-            "summary.md": gpu_summary.summary(self.data, read_json(self.args.out / "timings.json")),
+            "summary.md": gpu_summary.summary(self.data, *(read_json(self.args.out / f"{name}.json")
+                                                           for name in ("timings", "decoder"))),
         }
         for name, text in texts.items():
             part = self.args.out / f"{name}.part"
@@ -178,46 +196,41 @@ def read_json(path: Path) -> Optional[dict]:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def worst(statuses) -> str:
-    """One status for all of them."""
-    return next(s for s in ("timed out", "failed", "passed", "not available") if s in statuses)
-
-
 # ---- the stages: each returns its status and notes, and leaves the rest in run.data
 
 
 def build(run: Run):
-    """The extension and the emulator's modules, side by side; then what the binary says of itself."""
+    """The extension; then what the binary says of itself."""
     force = {"FORCE_CUDA": "1"} if run.args.device == "cuda" else {}  # or no nvcc would mean no kernels, and no error
-    jobs = [run.start("build", ["make", "build", f"PYTHON={sys.executable}"], LIMITS["build"], **force)]
-    for module in ("library", "emulator_selftest"):
-        code = f"from emulator import build; build.load({module!r})"
-        jobs.append(run.python(f"build emulator {module}", ["-c", code], LIMITS["build"]))
-    run.wait(*jobs)
+    job = run.start("build", ["make", "build", f"PYTHON={sys.executable}"], LIMITS["build"], **force)
+    run.wait(job)
     code = "import json, ldm_fused; print(json.dumps(ldm_fused.build_info()))"
     info = run.python("build info", ["-c", code], 60)
     run.wait(info)
     if info.status == "passed":
         run.data["machine"]["build"] = json.loads(info.output().splitlines()[-1])
-    notes = [f"{job.name}: {job.status}" for job in [*jobs, info] if job.status != "passed"]
-    if jobs[0].status != "passed":
+    notes = [f"{each.name}: {each.status}" for each in (job, info) if each.status != "passed"]
+    if job.status != "passed":
         notes.append("what follows is about an older binary, if there is one")
-    return worst([job.status for job in [*jobs, info]]), notes
+    return worst([job.status, info.status]), notes
 
 
 def tests(run: Run):
-    """The suite in parts side by side; on the other cores what torch.compile will be timed with is compiled."""
+    """The tests that use the device, in parts side by side; and beside them every instance of the kernels."""
     cores = run.data["machine"]["cores"]
     parts = max(1, min(8, cores // 2))
-    if "timings" in run.args.stages and run.args.device == "cuda":
-        options = ["benchmarks/bench_fused.py", *cases(run), "--prepare", max(1, cores - parts - 1)]
-        run.prepare = run.python("prepare", options, run.args.seconds)
+    if "instances" in run.args.stages:
+        run.instances = start_instances(run)
     jobs, records = [], []
     for part in (f"{i}/{parts}" for i in range(1, parts + 1)):
         records.append(run.folder / f"part-{len(records)}.jsonl")
         options = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
         options += ["-o", f"faulthandler_timeout={LIMITS['tests'] - 30}"]
-        options += ["-p", "part", f"--part={part}", f"--record={records[-1]}", *shlex.split(run.args.pytest)]
+        options += ["-p", "part", f"--part={part}", f"--record={records[-1]}"]
+        if run.args.pytest:
+            options += shlex.split(run.args.pytest)
+        else:
+            options += ["-k", USES.format(run.args.device), *(f"--ignore=tests/{name}.py" for name in EMULATED)]
         name, threads = f"tests {part}".replace("/", " of "), str(max(2, cores // parts))
         jobs.append(run.python(name, ["-m", "pytest", *options], LIMITS["tests"], OMP_NUM_THREADS=threads))
 
@@ -230,48 +243,20 @@ def tests(run: Run):
     return worst([*(job.status for job in jobs if job.code != 5), "failed" if notes else "passed"]), notes
 
 
-def totals(records: List[str]) -> dict:
-    """From what the parts wrote down: the counts, those of tests that used the GPU, and what failed."""
-    outcomes, whys, on_gpu, lost, interrupted = {}, {}, set(), [], []
-    for record in records:
-        chosen = []
-        for text in record.splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # cut off when its process was ended
-                continue
-            if "chosen" in line:
-                chosen = line["chosen"]
-            elif outcomes.get(line["id"]) != "failed":  # what passed can still fail when it is taken down
-                outcomes[line["id"]], whys[line["id"]] = line["outcome"], line["why"]
-            if line.get("on_gpu"):
-                on_gpu.add(line["id"])
-        left = [i for i in chosen if i not in outcomes]
-        lost, interrupted = lost + left, interrupted + left[:1]
-
-    def counts(ids) -> Dict[str, int]:
-        return {kind: sum(outcomes[i] == kind for i in ids) for kind in ("passed", "failed", "skipped")}
-
-    return {
-        **counts(outcomes),
-        "on_gpu": counts(on_gpu),
-        "failures": {i: whys[i] for i in sorted(outcomes) if outcomes[i] == "failed"},
-        "interrupted": interrupted,
-        "without_outcome": lost,
-        "skips": gpu_summary.counted(whys[i] for i in outcomes if outcomes[i] == "skipped"),
-    }
+def start_instances(run: Run) -> Job:
+    options = [SMALL_CASES, "--device", run.args.device, "--instances"]
+    return run.python("instances", options, LIMITS["tests"] + 15, LDM_FUSED_STRICT_PLAN="1")
 
 
-def judged(found: dict, device: str) -> List[str]:
-    """Why such totals are no pass."""
-    lost = len(found["without_outcome"])
-    reasons = {
-        f"{found['failed']} failed": found["failed"],
-        f"{lost} have no outcome: their process died, or was ended": lost,
-        "no test passed": not found["passed"],
-        "no test that used the GPU passed": device == "cuda" and not found["on_gpu"]["passed"],
-    }
-    return [reason for reason, is_so in reasons.items() if is_so]
+def instances(run: Run):
+    """Every instance of every kernel, each case against float64."""
+    job = run.instances or start_instances(run)
+    run.wait(job)
+    found = re.findall(r"^(?:cases right|instances run): .*", job.output(), re.M)
+    run.data["instances"] = found
+    if job.status == "passed" and run.args.device == "cpu":
+        return "not available", [*found[:1], "kernels have instances on a GPU alone"]
+    return job.status, found or job.output().strip().splitlines()[-1:]
 
 
 def sanitizer(run: Run):
@@ -280,7 +265,7 @@ def sanitizer(run: Run):
     path = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), toolkit]))
     if run.args.device == "cpu" or not path:
         return "not available", ["it needs a GPU" if run.args.device == "cpu" else "compute-sanitizer is not installed"]
-    jobs, limit = {}, LIMITS["sanitizer"]
+    jobs, limit = {}, run.left() - 3
     for tool, mistake in [(tool, "") for tool in TOOLS] + [(tool, name) for tool, (name, _) in MISTAKES.items()]:
         command = [path, "--tool", tool, "--error-exitcode", 99, "--print-limit", 20]
         command += ["--kernel-name", "kns=ldm_fused"]  # not PyTorch's kernels: the script keeps them out of the way
@@ -288,76 +273,53 @@ def sanitizer(run: Run):
         command += [sys.executable, SMALL_CASES, *(["--wrong", mistake] if mistake else [])]
         name = " ".join(filter(None, ["sanitizer", tool, mistake]))
         jobs[tool, mistake] = run.start(name, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    kernels = run.python("sanitizer kernels", [SMALL_CASES, "--kernels"], limit)
-    run.wait(*jobs.values(), kernels)
+    run.wait(*jobs.values())
     verdicts = {}
     for (tool, mistake), job in jobs.items():
         sign = MISTAKES[tool][1] if mistake else ""
         verdicts[f"{tool}, a mistake on purpose" if mistake else tool] = sanitized(job.output(), job.status, sign)
-    reached = re.search(r"^kernels run: (.*)", kernels.output(), re.M)
-    run.data["sanitizer"] = {"tools": verdicts, "kernels": reached[1] if reached else f"not known, {kernels.status}"}
+    run.data["sanitizer"] = verdicts
     notes = [f"{name}: {verdict['why']}" for name, verdict in verdicts.items() if verdict["status"] != "passed"]
     return worst([verdict["status"] for verdict in verdicts.values()]), notes
 
 
-def sanitized(log: str, status: str, sign: str = "") -> dict:
-    """What the output of a tool comes to: status, number of errors, and why. With `sign`, a pattern, the run has a
-    mistake in it, and passes if the tool says so."""
-
-    def verdict(status: str, why: str) -> dict:
-        return {"status": status, "errors": errors, "why": why}
-
-    counts = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", log, re.M)
-    errors = sum(map(int, counts)) if counts else None
-    if status == "timed out":
-        return verdict("timed out", "it ran out of time")
-    if re.search(r"^=+ .*Device not supported", log, re.M):
-        return verdict("not available", "it does not support this device")
-    if errors is None:
-        said = re.search(r"^=+ Error: (.*)", log, re.M)
-        return verdict("failed", f"no summary{f': {said[1]}' if said else ''}")
-    if sign:
-        found = errors and re.search(f"^=+ .*{sign}", log, re.M)
-        return verdict("passed", "found") if found else verdict("failed", "the mistake went unseen")
-    cases = re.search(r"^cases right: (\d+)", log, re.M)
-    if errors:
-        return verdict("failed", f"{errors} errors")
-    if status != "passed" or not cases:
-        return verdict("failed", "no error, but the cases did not end well")
-    return verdict("passed", f"{cases[1]} cases right")
-
-
 def timings(run: Run):
-    """bench_fused.py for the time that is left."""
-    notes = []
-    if run.prepare and run.prepare.running():
-        run.prepare.end("stopped")  # it would disturb the timings
-    if run.prepare and run.prepare.status != "passed":
-        notes.append(f"compiling ahead for torch.compile {run.prepare.status}".replace("stopped", "was stopped"))
-    out, left = run.args.out, run.left()
-    # The rest is for the start, the case in which the budget ends, and the plot.
-    options = [*cases(run), "--budget", max(5, round(left - 45))]
+    """What torch.compile needs, compiled on all cores; then bench_fused.py, for all but the decoder's time."""
+    fixed = ["benchmarks/bench_fused.py", "--device", run.args.device, *shlex.split(run.args.bench)]
+    notes, out = [], run.args.out
+    prepare = run.python("compile", [*fixed, "--prepare", max(1, run.data["machine"]["cores"] - 1)],
+                         min(LIMITS["compile"], run.left() / 2))
+    run.wait(prepare)
+    if prepare.status != "passed":
+        notes.append(f"compiling ahead for torch.compile {prepare.status}")
+    left = run.left() - (DECODER if "decoder" in run.args.stages else 0)
+    # The rest is for the start and for the case in which the budget ends.
+    options = [*fixed, "--budget", max(1, round(left - 20))]
     options += ["--json", out / "timings.json", "--csv", out / "timings.csv"]
-    if importlib.util.find_spec("matplotlib"):
-        options += ["--plot", out / "timings.png"]
-    else:
-        notes.append("no plot: matplotlib is not installed")
-    job = run.python("timings", ["benchmarks/bench_fused.py", *options], left)
+    job = run.python("timings", options, left)
     run.wait(job)
     found = read_json(out / "timings.json")
     notes += gpu_summary.gaps(found)
     if not found or not found["results"]:
         return worst([job.status, "failed"]), [*notes, "nothing was measured"]
+    run.data["again"] = again = gpu_summary.again(found["results"])
+    if job.status == "passed" and again and again["noisy"]:
+        return "noisy", [*notes, gpu_summary.noise(again)]
     return job.status, notes
 
 
-def cases(run: Run) -> list:
-    """bench_fused.py's options that say what to time."""
-    fixed = ["--op", "--device", run.args.device, "--dtype", "bfloat16,float32", "--layout", "both"]
-    return [*fixed, "--min-run-time", "0.03", *shlex.split(run.args.bench)]
+def decoder(run: Run):
+    """Decoding with random weights, for the time that is left."""
+    options = ["benchmarks/bench_fused.py", "--device", run.args.device, "--model", "ldm-decoder"]
+    options += [*shlex.split(run.args.decoder), "--json", run.args.out / "decoder.json"]
+    job = run.python("decoder", options, run.left())
+    run.wait(job)
+    found = read_json(run.args.out / "decoder.json")
+    return job.status, [] if found and found["results"] else ["nothing was measured"]
 
 
-STAGES = {"build": build, "tests": tests, "sanitizer": sanitizer, "timings": timings}
+STAGES = {"build": build, "tests": tests, "instances": instances, "sanitizer": sanitizer, "timings": timings,
+          "decoder": decoder}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -365,12 +327,16 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = p.add_argument
-    add("--out", type=Path, default=ROOT / "build" / "gpu", metavar="OUT", help="folder for the results (build/gpu)")
-    add("--seconds", type=float, default=520, metavar="S", help="for all stages together (520)")
-    add("--stages", type=stage_list, default=list(STAGES), metavar="A,B", help="only these")
+    add("part", choices=PARTS)
+    add("--out", type=Path, metavar="OUT", help="folder for the results (build/gpu/ and the part's name)")
+    add("--seconds", type=float, default=SECONDS, metavar="S", help="for all stages together (%(default)s)")
+    add("--stages", type=stage_list, metavar="A,B", help="only these of the part")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this script, not the CUDA kernels")
-    add("--pytest", default="", metavar="ARGS", help="more arguments for pytest")
-    add("--bench", default="--suite all", metavar="ARGS", help="other cases for bench_fused.py (--suite all)")
+    add("--pytest", default="", metavar="ARGS", help="other tests: arguments for pytest")
+    add("--bench", default=f"--sample --providers {PROVIDERS} --min-run-time 0.03", metavar="ARGS",
+        help="other cases: arguments for bench_fused.py (%(default)s)")  # fmt: skip
+    add("--decoder", default="--resolution 1024 --dtype bfloat16 --layout both --providers eager,F.silu,ours,again",
+        metavar="ARGS", help="arguments for its --model ldm-decoder (%(default)s)")  # fmt: skip
     return p
 
 
@@ -378,12 +344,18 @@ def stage_list(text: str) -> List[str]:
     unknown = [name for name in text.split(",") if name not in STAGES]
     if unknown:
         raise argparse.ArgumentTypeError(f"no stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
-    return [name for name in STAGES if name in text.split(",")]
+    return text.split(",")
+
+
+def parse(argv=None) -> argparse.Namespace:
+    args = parser().parse_args(argv)
+    args.stages = [name for name in PARTS[args.part] if args.stages is None or name in args.stages]
+    args.out = (args.out or ROOT / "build" / "gpu" / args.part).resolve()
+    return args
 
 
 def main(argv=None) -> int:
-    args = parser().parse_args(argv)
-    args.out = args.out.resolve()
+    args = parse(argv)
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

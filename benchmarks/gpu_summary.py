@@ -1,18 +1,31 @@
-"""The page that gpu.py writes, in Markdown: from run.json and timings.json alone."""
+"""The page that gpu.py writes, in Markdown: from run.json, timings.json and decoder.json alone."""
 
 import collections
+import itertools
 import math
 from typing import Dict, Iterable, List, Optional, Sequence
 
 GOOD = ("passed", "not available")
-BASELINES = {"eager": "eager", "F.silu": "F.silu(F.group_norm(x))", "compile": "torch.compile of that"}
+BASELINES = {
+    "eager": "eager",
+    "F.silu": "F.silu(F.group_norm(x))",
+    "compile": "torch.compile of that",
+    "cooperative": "the same with cooperative reductions",
+    "triton": "two passes in Triton",
+}
+QUIET = (0.98, 1.02)  # where the time of ours over its own must lie
+# What is wanted: of the copy's bandwidth from LARGE bytes on; times as fast as these in the geometric mean.
+LARGE = 32 << 20
+SHARES = {"forward": 0.9, "backward": 0.85}
+SPEEDUPS = {"eager": 4, "compile": 1.5}
 Groups = Dict[tuple, List[dict]]
 
 
-def summary(run: dict, timings: Optional[dict]) -> str:
+def summary(run: dict, timings: Optional[dict], decoder: Optional[dict] = None) -> str:
     name = "on a GPU" if run["device"] == "cuda" else "without a GPU: it says nothing about CUDA"
-    parts = [f"# ldm_fused, a run {name}", about(run), stages(run["stages"])]
-    parts += [tests(run.get("tests")), sanitizer(run.get("sanitizer")), speed(timings)]
+    parts = [f"# ldm_fused, {run['part']}, a run {name}", about(run), stages(run["stages"]), tests(run.get("tests"))]
+    parts += ["  \n".join(run.get("instances") or []), sanitizer(run.get("sanitizer"))]
+    parts += [noise(run.get("again")), speed(timings), whole(timings, decoder)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -74,14 +87,72 @@ def sanitizer(found: Optional[dict]) -> str:
     if not found:
         return ""
     lines = []
-    for tool, verdict in found["tools"].items():
+    for tool, verdict in found.items():
         errors = "n/a" if verdict["errors"] is None else str(verdict["errors"])
         lines.append([tool, verdict["status"], errors, verdict["why"]])
-    head = table(["compute-sanitizer", "status", "errors", "notes"], lines, numbers=[2])
-    return f"{head}\n\nKernels of csrc/cuda that these calls reach: {found['kernels']}."
+    return table(["compute-sanitizer", "status", "errors", "notes"], lines, numbers=[2])
 
 
 # ---- timings
+
+
+def again(results: List[dict]) -> Optional[dict]:
+    """How many times as fast as itself ours is: the geometric mean over the op's cases, and the farthest from 1."""
+    found = ratios([result for result in results if result["level"] == "op"], "again")
+    if not found:
+        return None
+    mean = geometric_mean(found)
+    noisy = not QUIET[0] <= mean <= QUIET[1]
+    outside = sum(not QUIET[0] <= ratio <= QUIET[1] for ratio in found)
+    return {"mean": mean, "least": min(found), "most": max(found), "outside": outside, "cases": len(found),
+            "noisy": noisy}
+
+
+def noise(found: Optional[dict]) -> str:
+    if not found:
+        return ""
+    head = "**NOISY**: do not compare these times. " if found["noisy"] else ""
+    return (f"{head}Ours against itself: {found['mean']:.3f}x in the geometric mean, from {found['least']:.3f}x to"
+            f" {found['most']:.3f}x; {found['outside']} of {found['cases']} cases outside {QUIET[0]} to {QUIET[1]}.")
+
+
+def targets(results: List[dict]) -> str:
+    """What was wanted beside what was measured."""
+    lines = []
+
+    def line(what: str, wanted: float, found: List[float], value: Optional[float], text: str) -> None:
+        if found:
+            met = "met" if value >= wanted else "**missed**"
+            lines.append([what, text.format(wanted), text.format(value), str(len(found)), met])
+
+    for mode, wanted in SHARES.items():
+        large = [r for r in results if r["mode"] == mode and r["tensor_bytes"] >= LARGE]
+        found = [share for r in large if (share := r["providers"]["ours"]["share_of_copy"])]
+        line(f"{mode}, of copy, the worst from 32 MB on", wanted, found, min(found, default=None), "{:.0%}")
+    for (name, wanted), mode in itertools.product(SPEEDUPS.items(), SHARES):
+        found = ratios([r for r in results if r["mode"] == mode], name)
+        line(f"{mode}, vs {name}, geometric mean", wanted, found, geometric_mean(found) if found else None, "{:.2f}x")
+    for mode in SHARES:
+        found = ratios([r for r in results if r["mode"] == mode], "compile")
+        line(f"{mode}, vs compile, the worst", 1, found, min(found, default=None), "{:.2f}x")
+    return table(["target", "wanted", "measured", "cases", ""], lines, numbers=[1, 2, 3]) if lines else ""
+
+
+def whole(timings: Optional[dict], decoder: Optional[dict]) -> str:
+    """Blocks and models, whose time is also that of convolutions."""
+    lines = []
+    for result in [*(timings or {}).get("results", []), *(decoder or {}).get("results", [])]:
+        if result["level"] == "op" or not result["providers"].get("ours", {}).get("wall_seconds"):
+            continue
+        clock = f"{result.get('clock', 'wall')}_seconds"
+        size = shape(result) if "shape" in result else f"{result['resolution']} pixels"
+        speedups = [ratios([result], name) for name in BASELINES if name != "triton"]
+        values = ["n/a" if not each else f"{each[0]:.2f}x" for each in speedups]
+        what = result.get("model", result["level"])
+        ours = f"{1e3 * result['providers']['ours'][clock]:.3f}"
+        lines.append([what, result["mode"], size, result["layout"], result["dtype"], ours, *values])
+    head = ["what", "pass", "of", "layout", "dtype", "ours, ms", *(f"vs {n}" for n in BASELINES if n != "triton")]
+    return table(head, lines, numbers=range(5, len(head))) if lines else ""
 
 
 def speed(timings: Optional[dict]) -> str:
@@ -109,6 +180,7 @@ def speed(timings: Optional[dict]) -> str:
         f" (up to {max(copies, default=0) / 1e9:.0f} GB/s, read and written). vs: how many times as fast as"
         f" {', '.join(BASELINES.values())}; below 1 is slower.",
         table(head, lines, numbers=range(3, len(head))),
+        targets(results) if by_replay else "",
         worst_cases(groups),
     ]
     if by_replay:
@@ -118,21 +190,24 @@ def speed(timings: Optional[dict]) -> str:
             lines.append([*key, *values])
         head = ["dtype", "pass", "layout", *(f"vs {name}" for name in BASELINES)]
         parts += ["By wall time, as a caller waits:", table(head, lines, numbers=range(3, len(head)))]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
+
+
+def geometric_mean(values: List[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def mean_and_worst(values: List[float], text: str) -> str:
     if not values:
         return "n/a"
-    mean = math.exp(sum(map(math.log, values)) / len(values))
-    return f"{text.format(mean)} ({text.format(min(values))})"
+    return f"{text.format(geometric_mean(values))} ({text.format(min(values))})"
 
 
 def ratios(group: List[dict], name: str, clock: str = "") -> List[float]:
     """How many times as fast ours is, where both were measured; by the case's own clock if none is named."""
     found = []
     for result in group:
-        key = clock or f"{result['clock']}_seconds"
+        key = clock or f"{result.get('clock', 'wall')}_seconds"
         ours, other = (result["providers"].get(provider, {}).get(key) for provider in ("ours", name))
         if ours and other:
             found.append(other / ours)

@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""Small calls that reach every CUDA kernel, for compute-sanitizer; `make gpu` runs it under each of its tools.
+"""Small calls that reach every CUDA kernel; `make gpu` runs them under each of compute-sanitizer's tools.
 
 Tensors are made on the CPU and copied, and results are checked there: every kernel that the GPU runs is ours, so that
 the tools can be told to leave out all others (--kernel-name kns=ldm_fused) and still see each write to our inputs. With
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor is an allocation of its own, whose bounds they know.
+
+--instances runs more of them, in every pair of dtypes, and says which instances of the kernels that the library holds,
+by their template arguments, have not run: none, or it fails.
 """
 
 import argparse
 import math
-import re
+import sys
 from dataclasses import replace
-from pathlib import Path
 
+import instances
 import torch
 from oracle import GRADIENTS, assert_within_bound, eager, make_case, oracle
 
-from ldm_fused import reference
+from ldm_fused import _C, reference
 
 SHAPES = [
     ((2, 64, 8, 8), 32),  # a few threads a row, vectors
@@ -25,7 +28,9 @@ SHAPES = [
     ((1, 8, 50, 48), 2),  # a block a row
     ((1, 4, 65, 129), 2),  # the same in single elements
     ((2, 64, 64, 64), 8),  # groups of 64 KB in 16 bits
-    ((1, 16, 320, 320), 1),  # one of 3 MB: with the dtypes of LARGE alone
+    ((1, 8192, 8), 1),  # rows: vectors, and too many channels for one read
+    ((1, 512, 4, 4), 1),  # columns: the same
+    ((1, 16, 160, 160), 1),  # 800 KB for a grid: in a tool with the dtypes of LARGE alone
 ]
 DTYPES = [
     (torch.float32, None),
@@ -35,11 +40,17 @@ DTYPES = [
     (torch.float64, None),
 ]
 LARGE = 10**5, DTYPES[:2]
+EVERY_PAIR = DTYPES + [
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
 
 
-def cases(shapes):
+def cases(shapes, every_pair=False):
     for shape, num_groups in shapes:
-        for dtype, out_dtype in LARGE[1] if math.prod(shape) > LARGE[0] else DTYPES:
+        few = LARGE[1] if math.prod(shape) > LARGE[0] else DTYPES
+        for dtype, out_dtype in EVERY_PAIR if every_pair else few:
             for layout in ("contiguous", "channels_last"):
                 case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)
                 if case is not None:
@@ -87,17 +98,19 @@ def check_residual(case):
     torch.testing.assert_close(sums.cpu().double(), x.cpu().double().sum(axes), rtol=0, atol=1e-6 * scale)
 
 
-def run_all(device, shapes=SHAPES):
+def run_all(device, shapes=SHAPES, every_pair=False):
     """Runs and checks every case; returns how many there were."""
     count = 0
-    for case in cases(shapes):
+    for case in cases(shapes, every_pair):
         expected, baseline = oracle(case), eager(case)
-        for offset in (0, 1):  # one element off, there are no aligned vectors
+        for offset in (0, 1) if case.x.numel() < LARGE[0] else (0,):  # one off, there are no aligned vectors
             moved = on(device, case, offset)
             assert_within_bound(case, run(moved), expected, baseline)
             check_residual(moved)
             check_dropout(case, moved)
             count += 1
+            if count % 10 == 0:  # under a tool it may be ended before the last one
+                print(f"cases right so far: {count}", flush=True)
     return count
 
 
@@ -117,31 +130,35 @@ def outside(device):
     torch.cuda.synchronize()
 
 
-def kernel_names():
-    """Every kernel in csrc/cuda: the last name followed by a parenthesis in front of its body."""
-    text = "".join(path.read_text() for path in sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu*")))
-    return [re.findall(r"(\w+)\s*\(", head)[-1] for head in re.findall(r"__global__([^{;]*)", text)]
-
-
-def kernels_run(device):
-    """The names of all kernels that run_all launches, by the profiler."""
+def run_instances(device):
+    """Runs every case in every pair of dtypes: how many there were, and the instances that have run, by the profiler
+    of a GPU."""
+    if device != "cuda":
+        return run_all(device, every_pair=True), set()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run_all(device)
-    return [event.key for event in profile.key_averages() if "ldm_fused" in event.key]
+        count = run_all(device, every_pair=True)
+    return count, {instances.plain(event.key) for event in profile.key_averages()}
+
+
+def verdict(held, run):
+    """In a line, which of the instances that the library holds have run."""
+    missing = sorted(held - run)
+    return f"instances run: {len(held) - len(missing)} of {len(held)}; not run: {', '.join(missing) or 'none'}"
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--device", default="cuda")
     p.add_argument("--wrong", choices=["unwritten", "outside"], help="make this mistake, and nothing else")
-    p.add_argument("--kernels", action="store_true", help="say which kernels of csrc/cuda the cases do not reach")
+    p.add_argument("--instances", action="store_true", help="more cases, for every instance of every kernel")
     args = p.parse_args()
     if args.wrong:
         {"unwritten": unwritten, "outside": outside}[args.wrong](args.device)
-    elif args.kernels:
-        names, found = kernel_names(), " ".join(kernels_run(args.device))
-        missing = [name for name in names if not re.search(rf"\b{name}\b", found)]
-        print(f"kernels run: {len(names) - len(missing)} of {len(names)}; not run: {', '.join(missing) or 'none'}")
+    elif args.instances:
+        held = instances.compiled(_C.__file__)
+        count, found = run_instances(args.device)
+        print(f"cases right: {count}\n{verdict(held, found)}")
+        sys.exit(bool(held - found) or (args.device == "cuda" and not held))
     else:
         print(f"cases right: {run_all(args.device)}")
 

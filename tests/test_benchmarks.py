@@ -415,7 +415,7 @@ def test_compiling_ahead_says_what_did_not_compile(tmp_path, capsys, monkeypatch
     monkeypatch.setitem(providers.PROVIDERS, "compile", uncompiled)
     for mode in ("forward", "training"):
         row = report.Row(workloads.Workload("custom", (2, 32, 4)), "op", mode, "contiguous", "float32", 4, "cpu")
-        assert cases.compile_case(row, None) == ""
+        assert cases.compile_case(row, "compile", None) == ""
 
 
 def test_too_little_memory_is_reported(capsys, monkeypatch):

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import small_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -22,8 +21,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "describe", lambda device: {"cores": 4, "commit": "abc", "torch": "2.11"})
     runs = []
 
-    def start(*options):
-        args = gpu.parser().parse_args(["--out", str(tmp_path / "out"), *options])
+    def start(*options, part="correct"):
+        args = gpu.parse([part, "--out", str(tmp_path / "out"), *options])
         runs.append(gpu.Run(args))
         return runs[-1]
 
@@ -92,14 +91,14 @@ def broken(run):
 ])
 def test_a_stage_that_does_not_pass_stops_none(tmp_path, monkeypatch, capsys, tests, status):
     after = []
-    for name in ("build", "sanitizer", "timings"):
+    for name in ("build", "instances", "sanitizer"):
         monkeypatch.setitem(gpu.STAGES, name, lambda run, name=name: after.append(name) or ("passed", []))
     monkeypatch.setitem(gpu.STAGES, "tests", tests)
-    exit_status = gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")])
+    exit_status = gpu.main(["correct", "--device", "cpu", "--out", str(tmp_path / "out")])
     assert exit_status == (0 if status in ("passed", "not available") else 1)
-    assert after == ["build", "sanitizer", "timings"]
+    assert after == ["build", "instances", "sanitizer"]
     stages = {stage["name"]: stage["status"] for stage in out(tmp_path, "run.json")["stages"]}
-    assert stages == {"build": "passed", "tests": status, "sanitizer": "passed", "timings": "passed"}
+    assert stages == {"build": "passed", "tests": status, "instances": "passed", "sanitizer": "passed"}
     summary = out(tmp_path, "summary.md")
     assert status in summary and summary in capsys.readouterr().out
     assert ("oops" in summary) == (tests is broken)
@@ -113,7 +112,7 @@ def test_a_run_that_is_stopped_leaves_what_it_had(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu.STAGES, "tests", stopped)
     with pytest.raises(SystemExit):
-        gpu.main(["--device", "cpu", "--stages", "tests,timings", "--out", str(tmp_path / "out")])
+        gpu.main(["correct", "--device", "cpu", "--stages", "tests,sanitizer", "--out", str(tmp_path / "out")])
     data = out(tmp_path, "run.json")
     assert [stage["status"] for stage in data["stages"]] == ["stopped", "not run"] and data["tests"]["passed"] == 1
     assert "=== long: stopped" in out(tmp_path, "log.txt") and "**not run**" in out(tmp_path, "summary.md")
@@ -121,9 +120,10 @@ def test_a_run_that_is_stopped_leaves_what_it_had(tmp_path, monkeypatch):
 
 def test_results_of_an_earlier_run_are_not_taken_for_this_one(start, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "timings.json").write_text("{}")
+    for name in gpu.RESULTS:
+        (tmp_path / "out" / name).write_text("{}")
     start("--device", "cpu")
-    assert not (tmp_path / "out" / "timings.json").exists()
+    assert not any((tmp_path / "out" / name).exists() for name in gpu.RESULTS)
 
 
 def test_a_failed_build_is_reported(start, tmp_path, monkeypatch):
@@ -138,15 +138,81 @@ def test_a_failed_build_is_reported(start, tmp_path, monkeypatch):
 
 
 def test_stages_are_checked_and_kept_in_order():
-    assert gpu.parser().parse_args(["--stages", "timings,build"]).stages == ["build", "timings"]
-    with pytest.raises(SystemExit):
-        gpu.parser().parse_args(["--stages", "nonsense"])
+    assert gpu.parse(["time", "--stages", "timings,build"]).stages == ["build", "timings"]
+    assert gpu.parse(["correct"]).stages == list(gpu.PARTS["correct"])
+    for wrong in (["correct", "--stages", "nonsense"], ["nonsense"], []):
+        with pytest.raises(SystemExit):
+            gpu.parse(wrong)
+
+
+# Whatever is started hangs; but for the time limits, so would the run. Limits are a twentieth of what they are.
+HANGS = """
+import sys, time
+import torch
+from benchmarks import gpu
+gpu.describe = lambda device: {"cores": 4}
+gpu.LIMITS = {name: limit / 20 for name, limit in gpu.LIMITS.items()}
+start = gpu.Run.start
+gpu.Run.start = lambda run, name, command, *more, **kwargs: start(run, name, ["sleep", "600"], *more, **kwargs)
+if sys.argv[1] == "correct":  # as if there were a GPU and the tools
+    gpu.shutil.which = lambda *arguments, **keywords: "compute-sanitizer"
+    torch.cuda.is_available = lambda: True
+begun = time.monotonic()
+status = gpu.main([sys.argv[1], "--out", sys.argv[2], "--seconds", str(gpu.SECONDS / 20), *sys.argv[3:]])
+print("seconds", time.monotonic() - begun)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("part, device", [("correct", "cuda"), ("time", "cpu")])
+def test_a_part_in_which_everything_hangs_ends_in_time_and_leaves_its_files(tmp_path, part, device):
+    command = [sys.executable, "-c", HANGS, part, str(tmp_path / "out"), "--device", device]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1, done.stderr
+    seconds = float(done.stdout.rsplit("seconds ", 1)[1])
+    assert gpu.SECONDS <= 230 and seconds < gpu.SECONDS / 20 + 5  # in which processes end and files are written
+    stages = {stage["name"]: stage["status"] for stage in out(tmp_path, "run.json")["stages"]}
+    assert list(stages) == list(gpu.PARTS[part]) and "passed" not in stages.values()
+    assert "timed out" in stages.values()
+    assert "timed out" in out(tmp_path, "summary.md") and "$ sleep 600" in out(tmp_path, "log.txt")
+
+
+def test_each_stage_has_its_part_of_the_time():
+    correct = gpu.LIMITS["build"] + gpu.LIMITS["tests"]
+    assert correct <= gpu.SECONDS - 20  # for the sanitizer
+    assert gpu.LIMITS["build"] + gpu.LIMITS["compile"] + gpu.DECODER <= gpu.SECONDS - 30  # for timings
+
+
+CORRECT = ["correct", "--device", "cpu", "--stages", "tests,instances,sanitizer", "--pytest", "tests/test_part.py"]
+TIME = ["time", "--device", "cpu", "--stages", "timings,decoder", "--bench",
+        "--shape 2,32,4,4 --op --forward --backward --providers eager,ours,again --threads 1 --min-run-time 0.001",
+        "--decoder", "--resolution 16 --providers eager,ours --min-run-time 0.001"]
+
+
+def test_both_parts_on_a_cpu(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_part.py").write_text("def test_it(): pass\n")
+    (tmp_path / "small_cases.py").write_text("print('cases right: 3')")
+    monkeypatch.setattr(gpu, "SMALL_CASES", tmp_path / "small_cases.py")
+    pytest_arguments = f"{tmp_path}/test_part.py --rootdir {tmp_path}"
+    assert gpu.main([*CORRECT[:-1], pytest_arguments, "--out", str(tmp_path / "out")]) == 0
+    run = out(tmp_path, "run.json")
+    assert run["part"] == "correct" and run["instances"] == ["cases right: 3"] and run["tests"]["passed"] == 1
+    assert [stage["status"] for stage in run["stages"]] == ["passed", "not available", "not available"]
+
+    monkeypatch.setattr(gpu_summary, "QUIET", (0, 1e9))  # other programs run here
+    assert gpu.main([*TIME, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr()
+    modes = [result["mode"] for result in out(tmp_path, "timings.json")["results"]]
+    assert modes == ["forward", "backward"] and out(tmp_path, "run.json")["again"]["cases"] == 2
+    assert out(tmp_path, "decoder.json")["results"][0]["model"] == "ldm-decoder"
+    summary = out(tmp_path, "summary.md")
+    assert "| ldm-decoder | forward | 16 pixels |" in summary and "Ours against itself: " in summary
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):
-        gpu.main([])
+        gpu.main(["correct"])
 
 
 # ---- tests
@@ -212,11 +278,11 @@ def test_it(device, i):
 def test_the_suite_in_parts(start, tmp_path, monkeypatch, pretend, more, status):
     (tmp_path / "test_suite.py").write_text(SUITE + more)
     monkeypatch.setenv("PRETEND", pretend)
-    stages = "tests,timings" if "fails" in more else "tests"
+    stages = "tests,instances" if "fails" in more else "tests"
     run = start("--stages", stages, "--pytest", f"{tmp_path} --rootdir {tmp_path}")
     found, notes = gpu.tests(run)
     totals = run.data["tests"]
-    assert ("--prepare" in str([job.command for job in run.jobs])) == ("timings" in stages)
+    assert ("--instances" in str([job.command for job in run.jobs])) == ("instances" in stages)
     assert found == status and (status == "passed") == (not notes)
     if more.startswith("import"):
         assert "no_such_module" in totals["failures"]["test_suite.py"]
@@ -282,6 +348,7 @@ REFUSED = ('========= Error: Device not supported. Please refer to the "Supporte
     (UNWRITTEN, "passed", "", "failed", 1),
     (RACES, "failed", "", "failed", 1),
     (CLEAN, "timed out", "", "timed out", 0),
+    ("cases right so far: 20\n", "timed out", "", "timed out", None),
     (CLEAN, "failed", "", "failed", 0),
     (CLEAN.replace("cases right", "Error"), "passed", "", "failed", 0),
     ("Traceback ...\nAssertionError: y\n", "failed", "", "failed", None),
@@ -294,6 +361,7 @@ REFUSED = ('========= Error: Device not supported. Please refer to the "Supporte
 def test_what_a_tool_says(log, ended, sign, status, errors):
     verdict = gpu.sanitized(log, ended, sign)
     assert (verdict["status"], verdict["errors"]) == (status, errors)
+    assert ("20 cases right so far" in verdict["why"]) == ("so far: 20" in log)
 
 
 FAKE = r"""#!/bin/sh
@@ -314,7 +382,8 @@ UNSEEN = 'echo "========= ERROR SUMMARY: 0 errors"'
     ("0 hazards", FOUND, "passed", None),
     ("3 hazards", FOUND, "failed", "racecheck: 3 errors"),
     ("0 hazards", UNSEEN, "failed", "initcheck, a mistake on purpose: the mistake went unseen"),
-    ("0 hazards", "sleep 60", "timed out", "initcheck, a mistake on purpose: it ran out of time"),
+    ("0 hazards", "sleep 60", "timed out",
+     "initcheck, a mistake on purpose: it ran out of time, no cases right so far"),
 ])
 def test_the_tools_run(start, tmp_path, monkeypatch, hazards, unwritten, status, note):
     fake = tmp_path / "compute-sanitizer"
@@ -325,10 +394,7 @@ def test_the_tools_run(start, tmp_path, monkeypatch, hazards, unwritten, status,
     fake.write_text(text)
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setitem(gpu.LIMITS, "sanitizer", 5)
-    (tmp_path / "small_cases.py").write_text("print('kernels run: 3 of 4; not run: apply_rows')")
-    monkeypatch.setattr(gpu, "SMALL_CASES", tmp_path / "small_cases.py")
-    run = start()
+    run = start("--seconds", "10")
     found, notes = gpu.sanitizer(run)
     assert found == status and notes == ([note] if note else [])
     called = (tmp_path / "arguments").read_text()
@@ -337,7 +403,7 @@ def test_the_tools_run(start, tmp_path, monkeypatch, hazards, unwritten, status,
     assert called.count("--kernel-name kns=ldm_fused") == called.count("caching off: 1") == 6
     assert len({line.split("--port ")[1].split()[0] for line in called.splitlines() if "--port" in line}) == 6
     summary = gpu_summary.summary(run.data, None)
-    assert "| memcheck | passed | 0 | 5 cases right |" in summary and "reach: 3 of 4; not run: apply_rows." in summary
+    assert "| memcheck | passed | 0 | 5 cases right |" in summary
 
 
 def test_without_the_tools_the_stage_is_not_available(start, tmp_path, monkeypatch):
@@ -347,48 +413,77 @@ def test_without_the_tools_the_stage_is_not_available(start, tmp_path, monkeypat
     assert gpu.sanitizer(start("--device", "cpu")) == ("not available", ["it needs a GPU"])
 
 
-def test_the_small_cases_are_right_and_every_kernel_has_a_name():
-    assert small_cases.run_all("cpu", small_cases.SHAPES[1:4]) == 40
-    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
-    names = small_cases.kernel_names()
-    assert len(names) == sources.count("__global__") > 0 and all(f" {name}(" in sources for name in names)
+# ---- instances
+
+
+@pytest.mark.parametrize("device, code, status, notes", [
+    ("cuda", "print('cases right: 3\\ninstances run: 1 of 1; not run: none')", "passed",
+     ["cases right: 3", "instances run: 1 of 1; not run: none"]),
+    ("cuda", "print('cases right: 3\\ninstances run: 1 of 2; not run: b'); raise SystemExit(1)", "failed",
+     ["cases right: 3", "instances run: 1 of 2; not run: b"]),
+    ("cuda", "import os; assert os.environ['LDM_FUSED_STRICT_PLAN'] != '1', 'the tier is enforced'", "failed",
+     ["AssertionError: the tier is enforced"]),
+    ("cpu", "print('cases right: 3')", "not available", ["cases right: 3", "kernels have instances on a GPU alone"]),
+])
+def test_instances_run(start, tmp_path, monkeypatch, device, code, status, notes):
+    (tmp_path / "small_cases.py").write_text(code)
+    monkeypatch.setattr(gpu, "SMALL_CASES", tmp_path / "small_cases.py")
+    assert gpu.instances(start("--device", device)) == (status, notes)
 
 
 # ---- timings
 
 
 def test_timings_on_the_cpu(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    cases = "--shape 2,32,4,4 --forward --providers eager,F.silu,ours --threads 1 --min-run-time 0.001"
-    run = start("--device", "cpu", "--bench", cases)
-    assert gpu.timings(run) == ("passed", ["no plot: matplotlib is not installed"])
+    monkeypatch.setattr(gpu_summary, "QUIET", (0, 1e9))
+    cases = ("--op --shape 2,32,4,4 --forward --dtype bfloat16,float32 --layout both "
+             "--providers eager,F.silu,ours,again --threads 1 --min-run-time 0.001")
+    run = start("--device", "cpu", "--bench", cases, part="time")
+    assert gpu.timings(run) == ("passed", [])
     found = out(tmp_path, "timings.json")
     assert [(r["dtype"], r["layout"]) for r in found["results"]] == [
         (dtype, layout) for dtype in ("bfloat16", "float32") for layout in ("contiguous", "channels_last")
     ]
-    assert found["chosen"] == 4 and len(out(tmp_path, "timings.csv").splitlines()) == 1 + 4 * 3
+    assert found["chosen"] == 4 and len(out(tmp_path, "timings.csv").splitlines()) == 1 + 4 * 4
+    low, high = found["results"][0]["providers"]["ours"]["wall_interval"]
+    assert low <= found["results"][0]["providers"]["ours"]["wall_seconds"] <= high
     run.write()
     summary = out(tmp_path, "summary.md")
     assert "| bfloat16 | forward | channels_last | 1 |" in summary and "says nothing about CUDA" in summary
 
 
-@pytest.mark.parametrize("code, note", [
-    ("import time; time.sleep(60)", "compiling ahead for torch.compile was stopped"),
-    ("raise SystemExit(1)", "compiling ahead for torch.compile failed"),
-    ("", "nothing was measured"),
+@pytest.mark.parametrize("ratio, status", [(1.0, "passed"), (0.97, "noisy"), (1.03, "noisy")])
+def test_a_run_whose_own_times_differ_is_noisy(start, tmp_path, monkeypatch, ratio, status):
+    """Stand-ins for what measures: ours again takes `ratio` times as long."""
+    measured = {"chosen": 1, "results": [result([1, 64], {"ours": (1, 1), "again": (ratio, ratio)})]}
+    program = f"import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write({json.dumps(measured)!r})"
+    run = start("--device", "cpu", part="time")
+    python = run.python
+
+    def stand_in(name, arguments, limit, **environment):
+        code = program if name == "timings" else ""
+        return python(name, ["-c", code, *map(str, arguments[1:])], limit, **environment)
+
+    run.python = stand_in
+    found, notes = gpu.timings(run)
+    assert found == status and bool(notes) == (status == "noisy")
+    assert ("**NOISY**" in gpu_summary.summary(run.data, measured)) == (status == "noisy")
+
+
+@pytest.mark.parametrize("limit, bench, note, status", [
+    (1, "--op --shape 2,32,4 --forward --providers eager,ours --min-run-time 0.001", "timed out", "passed"),
+    (30, "--no-such-option", "failed", "failed"),
 ])
-def test_compiling_ahead_ends_before_anything_is_timed(start, code, note):
-    run = start("--device", "cpu", "--bench=--no-such-option")
-    run.prepare = run.python("prepare", ["-c", code], 60)
-    if "sleep" not in code:
-        run.wait(run.prepare)
-    status, notes = gpu.timings(run)
-    assert status == "failed" and note in notes and not run.prepare.running()
-    assert any("compiling ahead" in n for n in notes) == (code != "")
+def test_compiling_ahead_ends_before_anything_is_timed(start, monkeypatch, limit, bench, note, status):
+    monkeypatch.setitem(gpu.LIMITS, "compile", limit)  # a second is less than it takes to import torch
+    run = start("--device", "cpu", f"--bench={bench}", part="time")
+    found, notes = gpu.timings(run)
+    assert found == status and notes[0] == f"compiling ahead for torch.compile {note}"
+    assert [job.name for job in run.jobs] == ["compile", "timings"] and run.jobs[0].status == note
 
 
 def test_no_time_for_timings_is_a_failure(start):
-    run = start("--device", "cpu", "--seconds", "0")
+    run = start("--device", "cpu", "--seconds", "0", part="time")
     status, notes = gpu.timings(run)
     assert status in ("failed", "timed out") and notes[-1] == "nothing was measured"
 
@@ -400,7 +495,7 @@ def result(shape, times, *, dtype="bfloat16", mode="forward", clock="device", sh
         providers[name] = {"device_seconds": device, "wall_seconds": wall, "reason": "" if wall else reason,
                            "share_of_copy": share if name == "ours" else None}
     return {"level": "op", "mode": mode, "layout": "contiguous", "dtype": dtype, "device": "cuda", "clock": clock,
-            "shape": shape, "copy_bytes_per_second": 2e12, "providers": providers}
+            "shape": shape, "tensor_bytes": 1 << 30, "copy_bytes_per_second": 2e12, "providers": providers}
 
 
 TIMINGS = {
@@ -413,6 +508,7 @@ TIMINGS = {
     ],
 }
 RUN = {
+    "part": "time",
     "device": "cuda",
     "started": "2026-01-02 03:04:05 UTC",
     "seconds": 400.0,
@@ -435,10 +531,14 @@ def test_the_summary_says_what_there_is():
         "- skipped, 2 times: one GPU only",
         "Tests: 10 passed, 1 failed, 2 skipped. Of those that put a tensor on the GPU, 4 passed and 1 failed.",
         # by device time: sqrt(0.9 * 0.4), sqrt(4 * 1), 2 and 2, and one case
-        "| bfloat16 | forward | contiguous | 2 | 60% (40%) | 2.00x (1.00x) | 2.00x (2.00x) | 1.00x (1.00x) |",
-        "| float32 | training | contiguous | 1 | 50% (50%) | 0.50x (0.50x) | n/a | n/a |",
+        "| bfloat16 | forward | contiguous | 2 | 60% (40%) | 2.00x (1.00x) | 2.00x (2.00x) | 1.00x (1.00x)"
+        " | n/a | n/a |",
+        "| float32 | training | contiguous | 1 | 50% (50%) | 0.50x (0.50x) | n/a | n/a | n/a | n/a |",
+        "| forward, of copy, the worst from 32 MB on | 90% | 40% | 2 | **missed** |",
+        "| forward, vs eager, geometric mean | 4.00x | 2.00x | 2 | **missed** |",
+        "| forward, vs compile, the worst | 1.00x | 1.00x | 1 | met |",
         "- bfloat16, forward, contiguous: 40% of copy at 2x64; 1.00x the fastest other at 1x64",
-        "| bfloat16 | forward | contiguous | 2.00x (2.00x) | 1.00x (1.00x) | 0.50x (0.50x) |",
+        "| bfloat16 | forward | contiguous | 2.00x (2.00x) | 1.00x (1.00x) | 0.50x (0.50x) | n/a | n/a |",
     ):
         assert line in summary.splitlines(), line
     assert "up to 2000 GB/s" in summary
