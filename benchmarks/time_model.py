@@ -70,7 +70,7 @@ BYTES_PER_CYCLE = 64  # that a multiprocessor can take from L2; all of them toge
 L2_KEEPS = 0.5  # of L2, of what was read last: an H100's halves hold copies of each other's lines
 IN_FLIGHT = 64  # bytes of plain loads that a thread waits for at once: kVectorsInFlight, kBatchOf
 GPCS = 8  # a cluster's multiprocessors are of one of them
-RANKS_A_TRIP = 4  # of which write_totals() has the sums on their way at once
+RANKS_A_TRIP = 32  # of which write_totals() has the sums on their way at once: a lane each
 HOST = 11100  # of a call in eager mode at the least: the op's way through Python and C++, as timed on CPU tensors
 
 
@@ -215,7 +215,7 @@ def in_grid(machine, properties, plan, shape, way, kernel):
     hidden = on_one > 1 or r["slots"] >= steps + steps // 2  # as the plan has it
     exchange = {name: Terms(exchange=rounds * machine.estimates[name]) for name in ("wait", "hidden_wait")}
     totals = Terms()
-    if way == "backward":  # the sums of each channel, of all the team's blocks
+    if way == "backward":  # the sums of each channel, of all the team's blocks; memory is busy meanwhile
         totals = Terms(exchange=rounds * -(-r["team"] // RANKS_A_TRIP) * L2_TRIP)
 
     def computed(blocks):
@@ -224,7 +224,7 @@ def in_grid(machine, properties, plan, shape, way, kernel):
 
     reducing = computed(on_one)[0].scaled(kept / segments_of(r) / on_one)
     return total({"latency": LATENCY}, longest(
-        total(moving, reducing, totals, exchange["hidden_wait" if hidden else "wait"]),
+        total(moving, reducing, exchange["hidden_wait" if hidden else "wait"]),
         total(machine.move(once / rounds), *computed(on_one)),
         total(machine.move(once / rounds), *computed(1), totals, exchange["wait"])))
 

@@ -200,6 +200,7 @@ py::dict as_dict(const Residence& r) {
   d["steps"] = r.steps;
   d["slots"] = r.slots;
   d["kept"] = r.kept;
+  d["segment"] = r.segment;
   d["held"] = r.held;
   d["shared_bytes"] = r.shared_bytes;
   return d;
