@@ -128,7 +128,7 @@ __device__ __forceinline__ void wait_for(unsigned* counter, unsigned target) {
 __device__ __forceinline__ void cluster_arrive() {
 #if !defined(__CUDA_ARCH__)
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #else
   __trap();
 #endif
@@ -138,7 +138,7 @@ __device__ __forceinline__ void cluster_wait() {
 #if !defined(__CUDA_ARCH__)
   cooperative_groups::this_cluster().sync();
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __trap();
 #endif
