@@ -66,7 +66,7 @@ mutants: build ## make one mistake at a time in the CUDA kernels, and show that 
 	$(PY) tests/check_mutants.py
 
 gpu: toolkit ## build, test, sanitize and time on a GPU machine, in 9 minutes; results go to OUT
-	$(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
+	LDM_FUSED_STRICT_PLAN=1 $(PY) benchmarks/gpu.py --out '$(OUT)' $(ARGS)
 
 # --force: by itself setuptools goes by file times, and would keep a binary built for another torch; ninja knows better.
 # Where there are GPUs, only their architectures are compiled (7.5 is the oldest that CUDA 13 knows).
