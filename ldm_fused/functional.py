@@ -128,8 +128,8 @@ def _is_plain_cuda(x: Tensor) -> bool:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether the ops have kernels where x lives; else they are composed of PyTorch ops."""
-    device = x.device
-    return device.type in _KERNEL_DEVICES and (device.type != "cuda" or ops.has_cuda_code(device.index))
+    kind = x.device.type
+    return kind in _KERNEL_DEVICES and (kind != "cuda" or ops.has_cuda_code(x.get_device()))
 
 
 def run(a: ops.Arguments) -> Tensor:

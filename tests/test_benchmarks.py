@@ -20,7 +20,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import autoencoder, bench_fused, cases, measure, model, providers, report, workloads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    autoencoder, bench_fused, cases, dispatch, measure, model, providers, report, workloads)
 
 TINY = "--device cpu --dtype float32 --threads 1 --min-run-time 0.001 --shape 2,32,4,4".split()
 UNCOMPILED = ["--providers", "eager,F.silu,ours"]
@@ -541,3 +542,27 @@ def test_bad_pictures_are_refused_in_a_sentence(small, tmp_path):
         assert path in str(stopped.value.code) or "Pillow" in str(stopped.value.code)
     with pytest.raises(SystemExit, match="multiple of 8"):
         bench("--model", "--resolution", 20)
+
+
+# ---- dispatch
+
+
+def test_dispatch_is_timed_in_turns_and_leaves_the_ops_as_they_were(capsys):
+    before = {name: getattr(dispatch.ops, name) for name in dispatch.OPS}
+    dispatch.main(["--rounds", "2", "--calls", "2"])
+    assert before == {name: getattr(dispatch.ops, name) for name in dispatch.OPS}
+    lines = capsys.readouterr().out.splitlines()
+    for shape in ("1x32x1x2", "1x320x8x8", "2x1280x8x8"):
+        for way in ("no grad", "training"):
+            times = [float(n) for line in lines if line.startswith(f"{shape} ") and f" {way} " in line
+                     for n in line.split(way)[1].split()]
+            assert len(times) == 8 and all(0 < least <= median for least, median in zip(times[::2], times[1::2]))
+
+
+def test_dispatch_takes_cudas_way(monkeypatch):
+    calls = []
+    ways = {name: lambda *a, name=name, op=op: calls.append(name) or op(*a) for name, op in dispatch.EMULATED.items()}
+    monkeypatch.setattr(dispatch, "EMULATED", ways)
+    for trains in (False, True):
+        dispatch.measure((2, 64, 4), trains, rounds=0, calls=1)
+    assert calls == ["group_norm_act_inference", "group_norm_act", "group_norm_act_backward"]

@@ -317,6 +317,9 @@ def test_a_device_knows_whether_there_is_code_for_it():
             assert emulated.has_code() == emulated.has_code() == (code > 0)
             assert emulated._library.last_error() == 0
         assert calls.get("cudaFuncGetAttributes", 0) <= 1
+    with emulated.device(dict(emulated.SMALL, code_version=0)):
+        with pytest.raises(RuntimeError, match="no code that CUDA device .* runs"):
+            forward(make_case((2, 8, 4, 4), 2))
 
 
 def test_a_device_without_code_is_served_with_one_warning(monkeypatch):

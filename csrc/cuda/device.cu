@@ -67,11 +67,12 @@ Known& known(int ordinal) {
 }  // namespace
 
 Device device_of(int ordinal) {
-  const Known& all = known(ordinal);
+  const Known& found = known(ordinal);
+  STD_TORCH_CHECK(found.has_code, "this build of ldm_fused has no code that CUDA device ", ordinal, " runs");
   const int limit = multiprocessor_limit;
-  Device device = all.device;
+  Device device = found.device;
   if (limit > 0) device.multiprocessors = std::min(device.multiprocessors, limit);
-  device.grids = device.grids && limit != 0 && device.multiprocessors < all.refused_grid;
+  device.grids = device.grids && limit != 0 && device.multiprocessors < found.refused_grid;
   return device;
 }
 

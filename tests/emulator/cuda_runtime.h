@@ -10,10 +10,12 @@
 #include <string.h>
 
 #include <cmath>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
 #include "machine.h"
+#include "runtime.h"
 
 // ---- Language -------------------------------------------------------------------------------------------------
 
@@ -235,5 +237,3 @@ T max(A a, B b) {
   else
     return T(a) < T(b) ? T(b) : T(a);
 }
-
-#include "runtime.h"
