@@ -95,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=float, metavar="S", help="start no case after so many seconds; the suites take turns, so that"
                                                   " all of them are cut alike")  # fmt: skip
     add("--prepare", type=int, metavar="N", help="time nothing: compile the cases in N processes, and torch.compile's"
-                                                 " cache will have them for the next run")  # fmt: skip
+                                                 " cache will have them for the next run; with --budget, those that"
+                                                 " there is time for")  # fmt: skip
     add("--image", metavar="FILE", help="picture for --model: .npy, or what Pillow reads (a synthetic one)")
     add("--resolution", type=int, default=256, metavar="P", help="height and width for --model (256)")
 

@@ -210,17 +210,22 @@ def prepare(args) -> str:
     names = [name for name in args.providers if providers.PROVIDERS[name].compiled]
     rows = chosen(args) if args.sample else suites_in_turn(chosen(args))
     todo = list(itertools.product(rows, names))
-    progress, reasons = Progress(len(todo)), []
+    progress = Progress(len(todo))
     context = multiprocessing.get_context("spawn")
+    begun = time.monotonic()
     with concurrent.futures.ProcessPoolExecutor(args.prepare, context) as pool:
         jobs = [pool.submit(compile_case, row, name, args.threads) for row, name in todo]
-        for done in concurrent.futures.as_completed(jobs):
+        for _ in concurrent.futures.as_completed(jobs):
             progress.step()
             progress.show("compiled")
-            reasons += filter(None, [done.result()])
+            if args.budget is not None and time.monotonic() - begun > args.budget:
+                pool.shutdown(cancel_futures=True)  # waits for those that run: half a file is worse than none
+                break
     progress.close()
+    done = [job for job in jobs if not job.cancelled()]
+    reasons = list(filter(None, (job.result() for job in done)))
     failed = f"; {len(reasons)} failed, the first with {reasons[0]}" if reasons else ""
-    return f"{len(todo) - len(reasons)} of {len(todo)} cases compiled{failed}"
+    return f"{len(done) - len(reasons)} of {len(todo)} cases compiled{failed}"
 
 
 def compile_case(row: Row, name: str, threads: Optional[int]) -> str:

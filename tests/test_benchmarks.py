@@ -1,6 +1,7 @@
 """The benchmark: its workloads are those of real models, it counts bytes rightly, and it never times a wrong result."""
 
 import collections
+import concurrent.futures
 import csv
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -414,9 +416,22 @@ def test_compiling_ahead_says_what_did_not_compile(tmp_path, capsys, monkeypatch
 
     uncompiled = dataclasses.replace(providers.PROVIDERS["compile"], compiled=False)
     monkeypatch.setitem(providers.PROVIDERS, "compile", uncompiled)
-    for mode in ("forward", "training"):
+    for mode in ("forward", "backward", "training"):
         row = report.Row(workloads.Workload("custom", (2, 32, 4)), "op", mode, "contiguous", "float32", 4, "cpu")
         assert cases.compile_case(row, "compile", None) == ""
+
+
+def test_compiling_ahead_ends_what_runs_when_its_time_is_over(capsys, monkeypatch):
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers, context):
+            super().__init__(workers)
+
+    ended = []
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(cases, "compile_case", lambda *arguments: time.sleep(0.2) or ended.append(arguments) or "")
+    options = ["--suite", "seed", "--layout", "both", "--op", "--device", "cpu", "--prepare", "1", "--budget", "0.1"]
+    assert bench_fused.main(options) == 0
+    assert 1 <= len(ended) <= 2 and f"{len(ended)} of 8 cases compiled\n" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_reported(capsys, monkeypatch):
