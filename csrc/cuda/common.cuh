@@ -33,16 +33,6 @@ __device__ __forceinline__ Vec<T, V> load(const T* from) {
 }
 
 template <class T, int V>
-__device__ __forceinline__ Vec<T, V> load_whole(const T* from) {
-  Vec<T, V> v;
-  uint4 words[sizeof(v) / 16];
-#pragma unroll
-  for (int i = 0; i < int(sizeof(v) / 16); ++i) words[i] = load_16_bytes(reinterpret_cast<const uint4*>(from) + i);
-  memcpy(&v, words, sizeof(v));
-  return v;
-}
-
-template <class T, int V>
 __device__ __forceinline__ void store(T* to, const Vec<T, V>& v) {
   if constexpr (sizeof(v) % 16 == 0) {
     uint4 words[sizeof(v) / 16];

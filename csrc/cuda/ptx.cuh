@@ -33,20 +33,7 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
 #endif
 }
 
-// ---- Memory ---------------------------------------------------------------------------------------------------
-
-// For vectors of which little is used: nvcc would load that alone, in an access of its own.
-__device__ __forceinline__ uint4 load_16_bytes(const void* from) {
-#ifdef __CUDA_ARCH__
-  uint4 words;
-  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-      : "l"(__cvta_generic_to_global(from)));
-  return words;
-#else
-  return *static_cast<const uint4*>(from);
-#endif
-}
+// ---- Stores ---------------------------------------------------------------------------------------------------
 
 // Left to itself nvcc splits some vector stores into their elements: 16 bytes are stored by one instruction.
 __device__ __forceinline__ void store_16_bytes(void* to, uint4 words) {

@@ -166,8 +166,13 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
             [](int) {});
       }
       if constexpr (kGrid) {
-        if (kept <= 0) set_shift(shift, span.count > 0 ? load_whole<X, V>(x + span.first) : Vector{});
-        this->template each_of<kOfStatistics>(span, max(kept, 0), min(first_held, span.count), [&](auto n, int64_t at) {
+        if (kept <= 0) {
+          Vector first[1]{};
+          if (span.count > 0) load_again(first, span, span.first);
+          set_shift(shift, first[0]);
+          if (span.count > 0) moments.add(first, shift);
+        }
+        this->template each_of<kOfStatistics>(span, max(kept, 1), min(first_held, span.count), [&](auto n, int64_t at) {
           Vector v[n.value];
           load_again(v, span, at);
           moments.add(v, shift);
