@@ -1,4 +1,4 @@
-"""What the CUDA kernels issue for an element, as `make sass` counted it: a snapshot, so that predictions need no compiler.
+"""What the CUDA kernels issue for an element: a snapshot, so that predictions need no compiler.
 
 `make sass` leaves its counts of sm_90's machine code in build/sass/issue.json; take() keeps in results/issue-sm_90.json
 what the time model needs of them.

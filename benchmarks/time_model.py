@@ -320,7 +320,7 @@ class Prediction:
 
     @property
     def share(self):
-        """Of the copy bandwidth as bench_fused.py measures it, of a copy of x: what must be moved at least in a time."""
+        """Of the copy bandwidth, which bench_fused.py measures of a copy of x: by what must be moved at least."""
         copy = self.estimates["launch"] + LATENCY + 2 * self.bytes / DEVICES[self.device].copy_bytes_per_second * 1e9
         return PASSES[self.way] * self.bytes / self.terms.time / (2 * self.bytes / copy)
 
@@ -349,7 +349,8 @@ def predict(workload, layout, way, device, dtype="bfloat16", issue=None, estimat
         plan = (emulated.plan_forward if way == "forward" else emulated.plan_backward)(
             x, workload.groups, parameter_bytes=2 * x.element_size())
     r, grid = plan["residence"], plan["reduce"]["grid"]
-    terms = time_of(DEVICES[device], PLANNED[device], plan, x.shape, way, dtype, issue or element_costs.read(), estimates)
+    terms = time_of(DEVICES[device], PLANNED[device], plan, x.shape, way, dtype, issue or element_costs.read(),
+                    estimates)
     blocks = r["team"] * r["teams"] if plan["resident"] else grid[0] * grid[1]
     return Prediction(device, workload, layout, way, dtype, plan["tier"], blocks, terms, estimates)
 
@@ -362,8 +363,8 @@ def predict_all(chosen, devices=DEVICES, dtype="bfloat16"):
 
 
 def table(predictions):
-    lines = [f"{'device':<10}{'shape':<20}{'layout':<15}{'way':<10}{'us':>9}{'eager':>9}{'of copy':>9}  {'tier':<15}{'blocks':>7}"
-             f"  {'binds':<9} terms, us"]
+    lines = [f"{'device':<10}{'shape':<20}{'layout':<15}{'way':<10}{'us':>9}{'eager':>9}{'of copy':>9}"
+             f"  {'tier':<15}{'blocks':>7}  {'binds':<9} terms, us"]
     for p in predictions:
         terms = ", ".join(f"{name} {us:g}" for name, us in p.row[-1].items())
         lines.append(f"{p.device:<10}{p.workload.shape_text:<20}{p.layout:<15}{p.way:<10}{p.microseconds:>9.1f}"
@@ -374,7 +375,8 @@ def table(predictions):
 def summary(predictions):
     """As Markdown: shares of the copy bandwidth of large tensors, the targets, the worst, and what binds."""
     lines = [f"Of tensors of 32 MB and more in {predictions[0].dtype}, all workloads in both layouts: the share of the "
-             "copy bandwidth", "(worst, median), how many reach 90 %, and what the worst loses most to beside bytes.", "",
+             "copy bandwidth", "(worst, median), how many reach 90 %, and what the worst loses most to beside bytes.",
+             "",
              "| | forward worst | median | reach 90 % | loses to | backward worst | median | reach 90 % | loses to |",
              "|---|---:|---:|---:|---|---:|---:|---:|---|"]
     for device in dict.fromkeys(p.device for p in predictions):
