@@ -94,7 +94,7 @@ def mutate(text, file, mutants):
     for i, line in enumerate(lines):
         code = line.split("//")[0]
         if code.startswith("#"):
-            is_compiled = not re.match(r"#if(def| defined).*__CUDA_ARCH__", code)
+            is_compiled = not re.match(r"#(ifdef|elif) .*__CUDA_ARCH__", code)
         if not is_compiled:
             continue
         if code.lstrip().startswith("#") or any(part in code for part in NO_BOUNDS):

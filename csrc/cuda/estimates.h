@@ -3,6 +3,9 @@
 // No GPU has measured any of these numbers here. Where they come from:
 //   kBytesPerNanosecond  an H200's data sheet: 90 % of 4.8 TB/s, over 132 multiprocessors. Other devices move less, but
 //                        their waits are about as long: there the plan gives waits too much weight;
+//   kComputedPerNanosecond  four warps of 32 lanes a cycle at 1.755 GHz (H100), over the 16 and 26 instructions an
+//   element
+//                        that `make sass` counts for bfloat16, forward and backward, of 4 and 6 bytes;
 //   kLaunch              what one kernel leaves idle between two others: published measurements of empty kernels in a
 //                        stream or a graph are 1 to 3 us;
 //   kClusterWait         a barrier of a cluster and reads of distributed shared memory, of 180 cycles each (Luo et al.,
@@ -16,15 +19,18 @@
 
 namespace ldm_fused {
 
-constexpr double kBytesPerNanosecond = 32;  // that one multiprocessor moves
-constexpr double kLaunch = 2000;            // nanoseconds between dependent kernels
-constexpr double kClusterWait = 1000;       // that a cluster waits for its last block
-constexpr double kWait = 2000;              // the same for a team of a grid
-constexpr double kHiddenWait = 500;         // the same while the next item's loads are in flight
+constexpr double kBytesPerNanosecond = 32;     // that one multiprocessor moves
+constexpr double kComputedPerNanosecond = 54;  // bytes whose elements it computes, of all that are moved
+constexpr double kLaunch = 2000;               // nanoseconds between dependent kernels
+constexpr double kClusterWait = 1000;          // that a cluster waits for its last block
+constexpr double kWait = 2000;                 // the same for a team of a grid
+constexpr double kHiddenWait = 500;            // the same while the next item's loads are in flight
 
-// Nanoseconds of blocks, one a multiprocessor, that each take `items` in turn, move `bytes` of each and wait.
-inline double time_of_items(int64_t items, double bytes, double wait) {
-  return double(items) * (bytes / kBytesPerNanosecond + wait);
+// Nanoseconds of a multiprocessor that takes `items` in turn, moves `bytes` of each and waits. `alone`: nothing is
+// moved while it computes.
+inline double time_of_items(int64_t items, double bytes, double wait, bool alone) {
+  const double computing = alone ? bytes / kComputedPerNanosecond : 0;
+  return double(items) * (bytes / kBytesPerNanosecond + computing + wait);
 }
 
 // Nanoseconds of dependent kernels that together move `bytes`.

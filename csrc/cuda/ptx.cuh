@@ -47,33 +47,36 @@ __device__ __forceinline__ void store_16_bytes(void* to, uint4 words) {
 }
 
 // ---- Asynchronous copies --------------------------------------------------------------------------------------
-// As the toolkit's __pipeline functions, whose wait does not keep the compiler from moving loads above it.
+// As the toolkit's __pipeline functions, whose wait does not keep the compiler from moving loads above it. Before compute
+// capability 8.0 there are none: a copy is made at once.
 
 __device__ __forceinline__ void copy_16_bytes_async(void* to_shared, const void* from_global) {
-#ifdef __CUDA_ARCH__
+#if !defined(__CUDA_ARCH__)
+  __pipeline_memcpy_async(to_shared, from_global, 16);
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to_shared))),
                "l"(__cvta_generic_to_global(from_global))
                : "memory");
 #else
-  __pipeline_memcpy_async(to_shared, from_global, 16);
+  *static_cast<uint4*>(to_shared) = *static_cast<const uint4*>(from_global);
 #endif
 }
 
 __device__ __forceinline__ void commit_copies() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#else
+#if !defined(__CUDA_ARCH__)
   __pipeline_commit();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
 // Waits until all but the last kGroups committed groups of the thread's copies have arrived.
 template <int kGroups>
 __device__ __forceinline__ void wait_for_copies() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-#else
+#if !defined(__CUDA_ARCH__)
   __pipeline_wait_prior(kGroups);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 #endif
 }
 
@@ -82,7 +85,7 @@ __device__ __forceinline__ void wait_for_copies() {
 // Adds 1; whoever sees that also sees what was written before by this thread, and by those that it has met at a
 // barrier.
 __device__ __forceinline__ void arrive(unsigned* counter) {
-#if defined(__CUDA_ARCH__)
+#ifdef __CUDA_ARCH__
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
 #else
   __threadfence();
@@ -92,7 +95,7 @@ __device__ __forceinline__ void arrive(unsigned* counter) {
 
 // Waits until the counter is at least `target`.
 __device__ __forceinline__ void wait_for(unsigned* counter, unsigned target) {
-#if defined(__CUDA_ARCH__)
+#ifdef __CUDA_ARCH__
   unsigned value;
   for (;;) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"

@@ -66,11 +66,11 @@ struct Demand {
   int partial;    // floats of a partial result
   int totals;     // floats of each channel's totals; 0: nobody asks for them
   int channel;    // floats that are known of each channel
+  int together;   // vectors that a thread works on side by side
   int held;       // vectors that the registers of a thread hold for a grid's columns
 };
 
 constexpr int kMostSegments = 4;  // of an item: what a thread begins with is a quarter of its vectors
-constexpr int kSegmentUnit = 8;   // vectors: what a thread works on side by side is not cut
 constexpr int kMostLanes = 32;
 constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
 constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
@@ -175,7 +175,7 @@ inline Residence reside(const Shape& shape, bool columns, int bundle, int team, 
   r.slots = std::max(0, device.shared_per_block - r.tables) / slot;
   r.kept = std::min(r.slots, r.total());
   r.segment =
-      r.rounds > 1 ? r.steps : int(std::max<int64_t>(1, round_up(ceil_div(r.kept, kMostSegments), kSegmentUnit)));
+      r.rounds > 1 ? r.steps : int(std::max<int64_t>(1, round_up(ceil_div(r.kept, kMostSegments), demand.together)));
   return r;
 }
 
@@ -233,12 +233,17 @@ inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& 
   return r.width * shape.spatial * demand.bytes * r.again() / r.total();
 }
 
-// Nanoseconds that the grid takes, by estimate.
-inline double time_of(const Residence& r, const Shape& shape, const Demand& demand) {
+// Nanoseconds, by estimate. A block that has its multiprocessor to itself, and one item, moves nothing while it
+// computes.
+inline double time_of(const Residence& r, const Shape& shape, const Demand& demand, const Device& device) {
   const double moved = double(r.width) * double(shape.spatial) * demand.moved + double(read_again(r, shape, demand));
-  const bool hidden = r.slots >= r.total() + r.total() / 2;
-  const double wait = r.exchange != Exchange::grid ? kClusterWait : hidden ? kHiddenWait : kWait;
-  return time_of_items(ceil_div(r.items, r.teams), moved / r.team, wait);
+  if (r.exchange == Exchange::grid) {
+    const bool hidden = r.slots >= r.total() + r.total() / 2;
+    return time_of_items(ceil_div(r.items, r.teams), moved / r.team, hidden ? kHiddenWait : kWait, false);
+  }
+  const int64_t abreast = std::min<int64_t>(blocks_abreast(r, device), ceil_div(r.blocks(), device.multiprocessors));
+  const int64_t rounds = ceil_div(r.blocks(), device.multiprocessors * std::max<int64_t>(1, abreast));
+  return time_of_items(rounds, moved / r.team * double(abreast), kClusterWait, abreast < kEnoughResidentBlocks);
 }
 
 inline double time_of_two_passes(const Shape& shape, const Demand& demand, const Device& device) {
@@ -260,7 +265,7 @@ inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const D
     if (r.kept == 0) continue;
     if (columns && r.total() - r.kept >= demand.held) r.held = demand.held;
     finish(r, Exchange::grid, teams, 2 * int64_t(r.total()), shape.groups / bundle, demand);
-    const double time = time_of(r, shape, demand);
+    const double time = time_of(r, shape, demand, device);
     if (least == 0 || time < least) {
       least = time;
       found = r;
@@ -279,11 +284,13 @@ inline bool reside(const Shape& shape, const Demand& demand, const Device& devic
   if (width == 0 || width > device.shared_per_block / 32) return false;  // else the tables leave no room, or overflow
   const bool fits = reside_in_clusters(shape, columns, bundle, demand, device, found);
   const int64_t slice = shape.spatial * width * demand.bytes / std::max(1, found.team);
-  if (fits && (slice <= kLargeSlice || 4 * found.blocks() >= 3 * device.multiprocessors)) return true;
+  const bool are_enough = 4 * found.blocks() >= 3 * device.multiprocessors;
+  if (fits && (slice <= kLargeSlice || (are_enough && blocks_abreast(found, device) >= kEnoughResidentBlocks)))
+    return true;
   Residence in_grid{};
   if (device.grids && reside_in_grid(shape, columns, bundle, demand, device, in_grid)) {
-    const double time = time_of(in_grid, shape, demand);
-    if (time < (fits ? time_of(found, shape, demand) : time_of_two_passes(shape, demand, device))) {
+    const double time = time_of(in_grid, shape, demand, device);
+    if (time < (fits ? time_of(found, shape, demand, device) : time_of_two_passes(shape, demand, device))) {
       found = in_grid;
       return true;
     }

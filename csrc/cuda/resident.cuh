@@ -4,7 +4,7 @@
 #include <type_traits>
 
 <<<<<<< HEAD
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/team.cuh"
 =======

@@ -134,7 +134,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
             [](int) {});
       }
       if constexpr (kGrid) {
-        this->template each_of<kBatch>(span, max(kept, 0), span.count, [&](auto n, int64_t at) {
+        this->template each_of<kOfDx>(span, max(kept, 0), span.count, [&](auto n, int64_t at) {
           VectorX vx[n.value];
           VectorY vdy[n.value];
           load_again(vx, vdy, span, at);
@@ -275,7 +275,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
         const Span span = this->span(round);
         Channels channel;
         load_channels(span, channel, true);
-        this->template each_back<kBatch>(span, max(r.kept - round * r.steps, 0), span.count, [&](auto n, int64_t at) {
+        this->template each_back<kOfDx>(span, max(r.kept - round * r.steps, 0), span.count, [&](auto n, int64_t at) {
           VectorX vx[n.value];
           VectorY vdy[n.value];
           load_again(vx, vdy, span, at);

@@ -303,12 +303,12 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
           }
         }
       }
-      this->template each_back<kBatch>(span, max(r.kept - round * r.steps, 0), min(first_held, span.count),
-                                       [&](auto n, int64_t at) {
-                                         Vector v[n.value];
-                                         load_again(v, span, at);
-                                         write(v, span, affine, at);
-                                       });
+      this->template each_back<kColumns ? kBatch : kOfStatistics>(span, max(r.kept - round * r.steps, 0),
+                                                                  min(first_held, span.count), [&](auto n, int64_t at) {
+                                                                    Vector v[n.value];
+                                                                    load_again(v, span, at);
+                                                                    write(v, span, affine, at);
+                                                                  });
     }
   }
 
