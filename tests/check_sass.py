@@ -49,7 +49,8 @@ RESIDENT = {
     # and again for y; stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
     # groups, and channels (it has none to publish); the team's groups; the counter's reset.
     r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
-    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 6),  # registers hold nothing
+    # Registers hold nothing. Aside too: the element that a unit's statistics are relative to, if none of it is kept.
+    r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 7),
     # Copies; stores dx. Aside: parameters; the team's groups; totals, and two loops more that write the zeros of a team
     # of no block, of which nvcc does not know that there is none.
     r"resident_backward<.+, \d+, (true|false), false>": (1, 1, 5),
@@ -146,8 +147,9 @@ def judge_resident(code):
     in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
     own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
     registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
-    loops in it, or a narrow access that is in no loop. Asynchronous copies are of vectors, narrow or not; STRONG
-    accesses, by which blocks wait for each other, never are.
+    loops in it, a narrow access that is in no loop, or a narrow load that is the only one of its place: to split a vector
+    takes two. Asynchronous copies are of vectors, narrow or not; STRONG accesses, by which blocks wait for each other,
+    never are.
     """
     flow = Flow(code)
     streaming, places, asides = [], [], []
@@ -167,7 +169,12 @@ def judge_resident(code):
         for loop in loops:
             accesses = accesses_of(loop.body)
             if any(map(streams, accesses)):
-                enter(accesses_of(loop.own))
+                own = accesses_of(loop.own)
+                narrow = [access for access in own if access.kind in ("LDG", "LD") and access.width < WIDE]
+                if len(narrow) == 1:
+                    asides.append(narrow)
+                    own.remove(*narrow)
+                enter(own)
                 walk(loop.inner)
             elif accesses:
                 asides.append(accesses)

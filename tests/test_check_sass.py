@@ -305,6 +305,13 @@ def test_to_wait_for_other_blocks_is_no_narrow_access():
     assert with_resident_sass(("EXIT", f"{poll} ;\n        /*00f8*/   EXIT")) == []
 
 
+def test_one_narrow_load_beside_vectors_is_an_aside_and_two_are_a_split_vector():
+    one = f"{KEPT} ;\n        /*00c8*/   LDG.E.U16 R1, desc[UR6][R2.64]"
+    assert with_resident_sass((KEPT, one)) == [asides("LDG.E.U16 at 0x00c8")]
+    assert with_resident_sass((KEPT, f"{one} ;\n        /*00cc*/   LDG.E.U16 R1, desc[UR6][R2.64]")) == [
+        "2 of 5 streaming accesses narrower than 16 bytes: LDG.E.U16 at 0x00c8, LDG.E.U16 at 0x00cc"]
+
+
 def test_outside_loops_each_narrow_access_of_a_resident_kernel_is_an_aside():
     stores = " ;\n        /*00f8*/   ".join(["STG.E desc[UR6][R2.64], R0"] * 2 + ["EXIT"])
     assert with_resident_sass(("EXIT", stores.replace("STG.E", "STG.E.128"))) == []
