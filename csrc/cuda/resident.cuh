@@ -3,13 +3,9 @@
 
 #include <type_traits>
 
-<<<<<<< HEAD
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/team.cuh"
-=======
-#include "cuda/launch.h"
->>>>>>> host
 
 namespace ldm_fused {
 
