@@ -9,6 +9,13 @@
 
 namespace ldm_fused {
 
+// Of the vectors that a thread averages together. Where copies are not asynchronous they need registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kAveragedBytes = 64;
+#else
+constexpr int kAveragedBytes = 128;
+#endif
+
 // Moments of kChannels channels of which a thread has seen equally much, relative to a shift that is an element of
 // each.
 template <int kChannels>
@@ -106,7 +113,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   using Vector = Vec<X, V>;
   using Affines = ChannelAffine<float>[Block::kChannels];
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
-  static constexpr int kBatch = kBatchOf<Vector>, kOfStatistics = kBatchOf<Vector, 128>;
+  static constexpr int kBatch = kBatchOf<Vector>, kOfStatistics = kBatchOf<Vector, kAveragedBytes>;
   static constexpr int kHeld = kColumns && kGrid ? held_vectors(sizeof(X), sizeof(Y)) : 0;
   using Held = Vector[kHeld > 0 ? kHeld : 1];  // the last vectors of an item, in registers
 
