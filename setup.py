@@ -16,7 +16,8 @@ import sysconfig
 
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/group_norm_act.cpp", "csrc/cpu/bias_add_residual.cpp",
            *(f"csrc/cpu/kernels_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512_bf16"))]
-CUDA_SOURCES = ["csrc/cuda/device.cu", "csrc/cuda/group_norm_act.cu", "csrc/cuda/bias_add_residual.cu"]
+CUDA_SOURCES = ["csrc/cuda/group_norm_act.cu", "csrc/cuda/bias_add_residual.cu"]  # those with kernels
+CUDA_HOST_SOURCES = ["csrc/cuda/device.cpp"]
 CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]  # those that nvcc knows; the last one as PTX too
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
@@ -100,7 +101,7 @@ if cuda_home:
     built.update(CUDA=cuda_version, CUDA_ARCHS=archs)
     what = f"CPU kernels, and CUDA kernels for {archs} by the nvcc {cuda_version} in {cuda_home}"
     cpp_extension.CUDA_HOME = cuda_home  # a CPU-only torch leaves it empty, FORCE_CUDA=1 or not
-    SOURCES += CUDA_SOURCES
+    SOURCES += CUDA_SOURCES + CUDA_HOST_SOURCES
     include_dirs.append(os.path.join(cuda_home, "include"))
     cxx.append("-DUSE_CUDA")
     threads = os.environ.get("MAX_JOBS") or str(os.cpu_count())  # nvcc compiles the architectures side by side

@@ -101,7 +101,7 @@ AOTITorchError default_stream(int32_t /*device_index*/, void** stream) {
 #define STABLE_TORCH_LIBRARY_IMPL(name, key, m) _STABLE_TORCH_LIBRARY_IMPL(ldm_fused_emulated, CPU, m, C10_UID)
 
 #include "cuda/bias_add_residual.cu"
-#include "cuda/device.cu"
+#include "cuda/device.cpp"
 #include "cuda/group_norm_act.cu"
 
 // ---- Python ------------------------------------------------------------------------------------------------------
