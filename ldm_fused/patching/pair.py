@@ -34,7 +34,8 @@ class _Frame:
 
 
 class _Here(threading.local):
-    frame: Optional[_Frame] = None  # the innermost one in this thread
+    def __init__(self) -> None:  # in each thread: a compiled forward's guards read the attribute before one writes it
+        self.frame: Optional[_Frame] = None  # the innermost one in this thread
 
 
 _here = _Here()

@@ -79,6 +79,12 @@ def sites(module: nn.Module) -> Tuple[Site, ...]:
     return module.__dict__[STATE].sites
 
 
+def count_unseen(module: nn.Module, reason: str) -> None:
+    """Of each norm of a patched module that its class's own code has now called, or not."""
+    for s in sites(module):
+        s.count(None, reason)
+
+
 # ---- The report --------------------------------------------------------------------------------------------------
 
 

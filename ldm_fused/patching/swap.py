@@ -1,11 +1,14 @@
 """Swapping an instance's class for a subclass that serves it, and back."""
 
 import copyreg
+from types import FunctionType
 from typing import Any, Dict, Tuple
 
 from torch import nn
 
+from . import site
 from .adapter import Adapter
+from .call import Call, has_proxy
 from .site import STATE, State, is_disabled
 
 _subclasses: Dict[Tuple[type, Adapter], type] = {}
@@ -19,13 +22,25 @@ def subclass(original: type, adapter: Adapter) -> type:
     if found is None:
         method = adapter.method
         before = getattr(original, method)
+        call = Call(before, adapter.forward)
 
         def forward(self, *args, **kwargs):
             # A class's forward that was replaced is meant to be run; an instance without state is another's, made from
             # this one's class, as a slice of a Sequential.
-            if is_disabled() or getattr(original, method) is not before or STATE not in self.__dict__:
+            if (is_disabled() or getattr(original, method) is not before or STATE not in self.__dict__
+                    or has_proxy(args, kwargs)):
                 return getattr(original, method)(self, *args, **kwargs)
-            return adapter.forward(self, *args, **kwargs)
+            if call.takes_all:
+                return adapter.forward(self, *args, **kwargs)
+            bound = call.bind(args, kwargs)
+            if bound is None:
+                site.count_unseen(self, "it was called with other arguments")
+                return before(self, *args, **kwargs)
+            return adapter.forward(self, *bound)
+
+        # Code of its own: compilers keep what they compiled, and their limit of how often, by code object.
+        code = forward.__code__.replace(co_name=method)
+        forward = FunctionType(code, forward.__globals__, method, None, forward.__closure__)
 
         def __reduce_ex__(self, protocol):
             make, (cls, *rest), *more = original.__reduce_ex__(self, protocol)
@@ -33,7 +48,7 @@ def subclass(original: type, adapter: Adapter) -> type:
                 return (make, (cls, *rest), *more)
             return (_new, (original, adapter), *more)
 
-        forward.__name__, forward.__qualname__ = method, f"{original.__qualname__}.{method}"
+        forward.__qualname__ = f"{original.__qualname__}.{method}"
         forward.__doc__ = before.__doc__
         forward.__wrapped__ = before  # signatures are asked for, by accelerate for one
         names = {method: forward, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__,
