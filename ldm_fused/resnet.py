@@ -4,7 +4,7 @@ Each part is bypassed only while it is pristine (:mod:`ldm_fused.pristine`), whi
 called as it is otherwise.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def resnet(
     conv2: nn.Module,
     act1: Optional[nn.Module] = None,
     act2: Optional[nn.Module] = None,
-    dropout: Optional[Callable[[Tensor], Tensor]] = None,
+    dropout: Union[None, float, Callable[[Tensor], Tensor]] = None,
     shortcut: Optional[nn.Module] = None,
     resample: Optional[Callable[[Tensor], Tensor]] = None,
     resample_x: Optional[Callable[[Tensor], Tensor]] = None,
@@ -124,9 +124,13 @@ def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
     return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
 
 
-def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[float]:
+def probability_of(dropout: Union[None, float, Callable[[Tensor], Tensor]]) -> Optional[float]:
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
+        return 0.0
+    if isinstance(dropout, float):
+        return dropout
+    if type(dropout) is nn.Identity and pristine.why_not(dropout, nn.Identity) is None:
         return 0.0
     if not isinstance(dropout, nn.Module) or pristine.why_not(dropout, nn.Dropout) is not None:
         return None
@@ -171,14 +175,16 @@ def norm_swish(
             h = h * (1 + reference.per_channel(scale, h))
         if shift is not None and called is None:
             h = h + reference.per_channel(shift, h)
-        h = (reference.swish if act is None else act)(h)
+        known = pristine.known_norm(norm)
+        if known is None or not known.activated:
+            h = (reference.swish if act is None else act)(h)
         return (F.dropout(h, dropout_p) if dropout_p else h), x
     if conv_bias is not None:
         pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     dtype = _autocast_dtype_of_convolution(x, into)
     shortcut = shortcut and torch.is_grad_enabled()
-    keeps_dtype = pristine.known_norm(type(norm)).keeps_dtype
+    keeps_dtype = pristine.known_norm(norm).keeps_dtype
     if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
         return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
                                          shift=shift, dropout_p=dropout_p), x

@@ -2,9 +2,8 @@
 
 import sys
 from types import ModuleType
-from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
-import torch
 from torch import nn
 
 __all__ = ["Adapter", "register_block"]
@@ -15,7 +14,9 @@ class Adapter:
 
     :func:`ldm_fused.patch` asks :meth:`why_not` of each instance, tries :meth:`forward` against the class's own on a
     small private copy with random weights, forward and backward, and then swaps the instance's class for a subclass
-    in which ``method`` is :meth:`forward`. For a block of norm, swish, convolution, twice::
+    in which ``method`` is :meth:`forward`. It gets as many of the class's arguments as it takes; where another one is
+    not what it is by default, the class's own method runs. A class whose forward is the formula of a block needs no
+    adapter. One for a block of norm, swish, convolution, twice, would be::
 
         from ldm_fused.patching.resnet import resnet
 
@@ -40,9 +41,6 @@ class Adapter:
 
     kind = "block"
     """``"block"`` or ``"norm"``: which of :func:`ldm_fused.patch`'s switches it hangs on."""
-
-    trial_dtype = torch.float64
-    """The dtype of the trial; float32 for classes that compute in it whatever they are given."""
 
     is_container = False
     """Whether the class only holds parts, so that its subclasses are nothing to tell of."""
@@ -69,6 +67,11 @@ class Adapter:
     def example(self, module: nn.Module) -> Optional[Tuple[Any, ...]]:
         """Arguments for the trial: small, float64, on the CPU; None for no trial, where nothing can differ."""
         raise NotImplementedError
+
+    def examples(self, module: nn.Module) -> List[Tuple[Any, ...]]:
+        """All arguments that are tried, where there are several ways to call it."""
+        example = self.example(module)
+        return [] if example is None else [example]
 
     def forward(self, module: nn.Module, *args, **kwargs):
         """What the class's ``method`` computes, with its signature."""

@@ -52,7 +52,7 @@ class Norm(Adapter):
         frame.called = True
         cls = swap.original(type(norm))
         reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
-                  or pristine.why_not_beside(norm, input) or pristine.known_norm(cls).why_not_now(norm))
+                  or pristine.why_not_beside(norm, input) or _why_not_now(norm, cls))
         if reason is None and frame.act is not None:
             reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
             reason = reason and f"its activation: {reason}"
@@ -63,6 +63,11 @@ class Norm(Adapter):
                                       activation="silu" if frame.passes_on else None)
         frame.pending = y if frame.passes_on else None
         return y
+
+
+def _why_not_now(norm: nn.Module, cls: type) -> Optional[str]:
+    known = pristine.known_norm(norm, cls)
+    return "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
 
 
 class Act(Adapter):
@@ -153,7 +158,7 @@ class ParentOfFunction(Parent):
 
     def why_not(self, parent: nn.Module) -> Optional[str]:
         norm, forward = getattr(parent, self.norm, None), type(parent).forward
-        if pristine.known_norm(type(norm)) is None:
+        if norm is None or pristine.known_norm(norm) is None or pristine.known_norm(norm).activated:
             return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
         act = self.act(parent)
         if act is None:

@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor, nn
 
+from .. import pristine
 from .adapter import Adapter
 
 __all__ = ["RunReport", "disabled", "report"]
@@ -68,6 +69,25 @@ class State:
         self.sites = tuple(Site(name) for name in adapter.sites(module))
         self.recompute = recompute
         self.why_not: Optional[str] = None  # found out at run time
+        self.known = pristine.knowledge(module)
+        # A class with ways of its own to be copied goes by them, and its copies are unpatched.
+        cls = type(module)
+        self.travels = (cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__
+                        or "_ldm_fused_original" in vars(cls))
+
+    def __reduce__(self):
+        if not self.travels:
+            return dict, ()
+        return _revived, (self.known, self.adapter, self.sites, self.recompute)
+
+
+def _revived(known, adapter: Adapter, sites: Tuple[Site, ...], recompute: bool) -> State:
+    """A state in another process, which knows nothing of the classes of norms yet."""
+    pristine.learn(known)
+    state = State.__new__(State)
+    state.adapter, state.sites, state.recompute, state.known = adapter, sites, recompute, known
+    state.why_not, state.travels = None, True
+    return state
 
 
 def state(module: nn.Module) -> State:

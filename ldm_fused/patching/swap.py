@@ -9,7 +9,7 @@ from torch import nn
 from . import site
 from .adapter import Adapter
 from .call import Call, has_proxy
-from .site import STATE, State, is_disabled
+from .site import STATE, State, is_disabled, state
 
 _subclasses: Dict[Tuple[type, Adapter], type] = {}
 
@@ -43,10 +43,11 @@ def subclass(original: type, adapter: Adapter) -> type:
         forward = FunctionType(code, forward.__globals__, method, None, forward.__closure__)
 
         def __reduce_ex__(self, protocol):
-            make, (cls, *rest), *more = original.__reduce_ex__(self, protocol)
-            if make is not copyreg.__newobj__ or cls is not found:  # a class with ways of its own: it knows
-                return (make, (cls, *rest), *more)
-            return (_new, (original, adapter), *more)
+            make, args, *more = original.__reduce_ex__(self, max(protocol, 2))
+            if make is copyreg.__newobj__ and args == (found,) and is_swapped(self) and state(self).travels:
+                return (_new, (original, adapter), *more)
+            # A class with ways of its own, or what has no state: unpatched.
+            return (make, tuple(original if a is found else a for a in args), *more)
 
         forward.__qualname__ = f"{original.__qualname__}.{method}"
         forward.__doc__ = before.__doc__
@@ -72,7 +73,16 @@ def original(cls: type) -> type:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    return STATE in module.__dict__
+    """Whether it is served: it has a patched class, and the state that belongs to it."""
+    return isinstance(module.__dict__.get(STATE), State) and original(type(module)) is not type(module)
+
+
+def clean(module: nn.Module) -> None:
+    """Takes away what a copy has left of a patched module: a state without its class, or a class without its state."""
+    if not is_swapped(module):
+        module.__dict__.pop(STATE, None)
+        if "_ldm_fused_original" in type(module).__dict__:
+            module.__class__ = original(type(module))
 
 
 def swap(module: nn.Module, adapter: Adapter, recompute: bool) -> None:

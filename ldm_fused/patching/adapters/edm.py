@@ -17,8 +17,8 @@ class UNetBlock(Adapter):
         return ("norm0", "norm1", "norm2") if block.num_heads else ("norm0", "norm1")
 
     def why_not(self, block: nn.Module) -> Optional[str]:
-        norms = {type(getattr(block, name)) for name in self.sites(block)}
-        unknown = [cls.__name__ for cls in norms if pristine.known_norm(cls) is None]
+        norms = [getattr(block, name) for name in self.sites(block)]
+        unknown = [type(norm).__name__ for norm in norms if pristine.known_norm(norm) is None]
         return f"its norm is {unknown[0]}" if unknown else None
 
     def variant(self, block: nn.Module):

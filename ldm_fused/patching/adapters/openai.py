@@ -17,7 +17,6 @@ class ResBlock(Adapter):
     ``skip_connection``. Its forward wraps ``_forward`` in the library's own checkpoint function, and stays."""
 
     method = "_forward"
-    trial_dtype = torch.float32  # that of GroupNorm32
 
     def sites(self, block: nn.Module) -> Sequence[str]:
         return "in_layers.0", "out_layers.0"
@@ -27,7 +26,7 @@ class ResBlock(Adapter):
             layers = getattr(block, name)
             if type(layers) is not nn.Sequential or len(layers) != length:
                 return f"its {name} is {type(layers).__name__} of {len(layers)} layers"
-            if pristine.known_norm(type(layers[0])) is None:
+            if pristine.known_norm(layers[0]) is None:
                 return f"its norm is {type(layers[0]).__name__}"
             if not pristine.is_activation(layers[1]):
                 return f"its activation is {type(layers[1]).__name__}"
