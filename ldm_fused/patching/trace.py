@@ -1,5 +1,6 @@
 """The graph of a method, traced by ``torch.fx`` with submodules as leaves."""
 
+import gc
 import inspect
 import operator
 import sys
@@ -37,13 +38,14 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
     called: List[Any] = []
 
     def profile(frame, event, arg):
-        # What the standard library calls, as a handler of warnings, is no part of the forward.
+        # What others call, as a handler of warnings, is no part of the forward.
         if event == "call" and frame.f_code not in followed and not _is_trusted(frame) and (
-                frame.f_back.f_code in followed or _file(frame.f_back).split(".")[0] in _CALLERS):
+                frame.f_back.f_code in followed or _file(frame.f_back).startswith(_CALLERS)):
             followed.add(frame.f_code)
             called.append(frame.f_code)
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what ends somebody's generator is no part of the forward either
     sys.setprofile(profile)
     try:
         graph = tracer.trace(module)
@@ -52,13 +54,16 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
                          ) from None
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     sources += [source.read(code, cls) for code in called]
     has_modes = any("training" in s.read or "training" in s.tested for s in sources)
     return Traced(graph, tuple(tracer.inputs), source.deciding(module, sources), has_modes, tuple(tracer.containers))
 
 
 _TRUSTED = {"torch", "numpy", "einops", *sys.stdlib_module_names}
-_CALLERS = {"torch", "functools", "contextlib"}
+_CALLERS = ("torch.nn.", "torch.fx._symbolic_trace", "torch.utils.", "ldm_fused.patching.trace", "functools",
+            "contextlib")  # which call what a forward has handed to them
 
 
 def _file(frame) -> str:
