@@ -4,7 +4,7 @@ Each part is bypassed only while it is pristine (:mod:`ldm_fused.pristine`), whi
 called as it is otherwise.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def resnet(
     conv2: nn.Module,
     act1: Optional[nn.Module] = None,
     act2: Optional[nn.Module] = None,
-    dropout: Union[None, float, Callable[[Tensor], Tensor]] = None,
+    dropout: Optional[Callable[[Tensor], Tensor]] = None,
     shortcut: Optional[nn.Module] = None,
     resample: Optional[Callable[[Tensor], Tensor]] = None,
     resample_x: Optional[Callable[[Tensor], Tensor]] = None,
@@ -124,12 +124,10 @@ def with_bias(x: Tensor, left: Optional[Tensor]) -> Tensor:
     return x if left is None else x + reference.per_channel(left, x).to(x.dtype)
 
 
-def probability_of(dropout: Union[None, float, Callable[[Tensor], Tensor]]) -> Optional[float]:
+def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[float]:
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
         return 0.0
-    if isinstance(dropout, float):
-        return dropout
     if type(dropout) is nn.Identity and pristine.why_not(dropout, nn.Identity) is None:
         return 0.0
     if not isinstance(dropout, nn.Module) or pristine.why_not(dropout, nn.Dropout) is not None:

@@ -79,10 +79,17 @@ class Reader:
                     extra = next(u for u in node.users if u not in used)
                     if extra.target not in PURE:
                         raise Unreadable(f"{node} is read by {extra}, too")
-                if _in_place(node) and (node.args[0] in inputs or len(node.args[0].users) != 1):
-                    raise Unreadable(f"{node} writes to what is read elsewhere")
+                if _in_place(node) and not self.is_fresh(node.args[0]):
+                    raise Unreadable(f"{node} writes to what may be read elsewhere")
             elif node not in inputs and node.target not in PURE:
                 raise Unreadable(f"{node} has no place in the formula")
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor of its own, with one reader."""
+        module = self.module.get_submodule(node.target) if node.op == "call_module" else None
+        made = module is not None and not isinstance(module, nn.Identity) or _is(node, ADD | MULTIPLY | {
+            F.silu, F.group_norm, F.dropout})
+        return made and sum(user.target not in PURE for user in node.users) == 1
 
     # ---- Pieces of formulas ----------------------------------------------------------------------------------------
 
@@ -201,7 +208,8 @@ class Reader:
             options = dict(zip(("p", "training", "inplace"), node.args[1:]), **node.kwargs)
             if not all(isinstance(v, (bool, int, float)) for v in options.values()):
                 raise Unreadable(f"{node} has a probability that is not known")
-            return self.take(node).args[0], float(options.get("p", 0.5)) if options.get("training", True) else None
+            p = float(options.get("p", 0.5)) if options.get("training", True) else 0.0
+            return self.take(node).args[0], p or None
         return node, None
 
     def input(self, node: fx.Node) -> Tuple[fx.Node, bool]:
@@ -397,7 +405,7 @@ def _is(node: Any, targets) -> bool:
 
 
 def _in_place(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target in (operator.iadd, operator.imul, operator.itruediv):
+    if node.op == "call_function" and node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
         return True
     if node.op == "call_method" and node.target.endswith("_"):
         return True

@@ -77,7 +77,7 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
         if swap.is_swapped(module):
             done.append(module)
             plan.claim(module, module.__dict__[STATE].adapter)
-    for walk in (plan.learn, plan.known, plan.read, plan.ends, plan.norms):
+    for walk in (plan.learn, plan.blocks, plan.ends, plan.norms):
         if walk == plan.norms:
             plan.try_chosen()  # the norms of what fails are then served by themselves
         for name, module in modules:
@@ -175,7 +175,7 @@ class _Plan:
             self.chosen.append((name, module, adapter))
             self.claim(module, adapter)
 
-    def known(self, name: str, module: nn.Module) -> None:
+    def blocks(self, name: str, module: nn.Module) -> None:
         adapter = self.classes.get(type(module))
         if adapter is not None and adapter.kind == "block":
             if adapter.sites(module) or not adapter.is_container:
@@ -193,6 +193,7 @@ class _Plan:
                 self.leave(name, module, None, f"it is a subclass of {cls.__module__}.{cls.__qualname__}, which may "
                                                "compute something else")
                 return
+        self.read(name, module)
 
     def learn(self, name: str, module: nn.Module) -> None:
         if learn.looks_like_a_norm(module):

@@ -141,6 +141,16 @@ class _Proxy(fx.Proxy):
         return rank
 
 
+def _in_place(function):
+    def write(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+    return write
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod"):  # which fx takes for new tensors
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _Shape:
     def __init__(self, proxy: _Proxy) -> None:
         self.proxy = proxy

@@ -1,9 +1,11 @@
 """Blocks that are known by their formula: any class whose forward computes it, whatever its parts are called."""
 
+import functools
 import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import pristine, reference
@@ -66,6 +68,8 @@ class Formula(Adapter):
         dropout = known.dropout
         if isinstance(dropout, str):
             dropout = _part(block, dropout)
+        elif dropout is not None:
+            dropout = functools.partial(F.dropout, p=dropout)
         if known.contiguous:
             x = x.contiguous()
         return resnet(block, x, norm1=_part(block, known.norm1), act1=_part(block, known.act1),
