@@ -215,9 +215,11 @@ def test_layers_in_sequentials():
         ldm_fused.patch(model)
         change()
         found = model(*arguments)
-        assert ldm_fused.report(model).fused == 0 and all("into" in r or "out" in r for r in ldm_fused.report(model).fallbacks)
+        [reason] = ldm_fused.report(model).fallbacks
+        assert ldm_fused.report(model).fused == 0 and reason in ("its out: it has hooks", "its into: it has 4 layers")
         ldm_fused.unpatch(model)
         assert_close([found], [model(*arguments)], 1e-3)
+        model.out._forward_hooks.clear()
 
 
 # ---- Left --------------------------------------------------------------------------------------------------------

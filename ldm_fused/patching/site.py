@@ -166,10 +166,11 @@ def report(model: Any) -> RunReport:
     """What the patched norms of ``model``, a module or a pipeline, did in eager mode since they were patched: calls
     fused and fallen back, with the reason, and bytes. Compiled code counts nothing."""
     from .patch import named_modules
+    from .swap import is_swapped
 
     rows: List[SiteReport] = []
     for name, module in named_modules(model):
-        for site in module.__dict__[STATE].sites if STATE in module.__dict__ else ():
+        for site in sites(module) if is_swapped(module) else ():
             full = ".".join(part for part in (name, site.name) if part)
             fallbacks = {reason: calls for reason, calls in site.calls.items() if reason is not None}
             rows.append(SiteReport(full, site.calls.get(None, 0), site.bytes.get(None, 0), fallbacks,
