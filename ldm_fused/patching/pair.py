@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, pristine
+from ..route import decided
 from . import site, swap
 from .adapter import Adapter
 
@@ -50,12 +51,7 @@ class Norm(Adapter):
         if frame is None or frame.norm is not norm:
             return swap.as_before(norm, input)
         frame.called = True
-        cls = swap.original(type(norm))
-        reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
-                  or pristine.why_not_beside(norm, input) or _why_not_now(norm, cls))
-        if reason is None and frame.act is not None:
-            reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
-            reason = reason and f"its activation: {reason}"
+        reason = decided(_why_not_both, norm, frame, input)
         frame.count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
@@ -63,6 +59,17 @@ class Norm(Adapter):
                                       activation="silu" if frame.passes_on else None)
         frame.pending = y if frame.passes_on else None
         return y
+
+
+def _why_not_both(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
+    """The reason why the norm and the activation must be called, or None."""
+    cls = swap.original(type(norm))
+    reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
+              or pristine.why_not_beside(norm, x) or _why_not_now(norm, cls))
+    if reason is None and frame.act is not None:
+        reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
+        reason = reason and f"its activation: {reason}"
+    return reason
 
 
 def _why_not_now(norm: nn.Module, cls: type) -> Optional[str]:

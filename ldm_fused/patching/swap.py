@@ -6,6 +6,7 @@ from typing import Any, Dict, Tuple
 
 from torch import nn
 
+from ..route import decided
 from . import site
 from .adapter import Adapter
 from .call import Call, has_proxy
@@ -24,11 +25,13 @@ def subclass(original: type, adapter: Adapter) -> type:
         before = getattr(original, method)
         call = Call(before, adapter.forward)
 
+        def is_before(self):
+            return is_disabled() or getattr(original, method) is not before or STATE not in self.__dict__
+
         def forward(self, *args, **kwargs):
             # A class's forward that was replaced is meant to be run; an instance without state is another's, made from
             # this one's class, as a slice of a Sequential.
-            if (is_disabled() or getattr(original, method) is not before or STATE not in self.__dict__
-                    or has_proxy(args, kwargs)):
+            if decided(is_before, self) or has_proxy(args, kwargs):
                 return getattr(original, method)(self, *args, **kwargs)
             if call.takes_all:
                 return adapter.forward(self, *args, **kwargs)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional, pristine
+from ...route import decided
 from .. import site
 from ..adapter import Adapter
 from ..resnet import resnet
@@ -41,7 +42,7 @@ class UNetBlock(Adapter):
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
         norm, count = block.norm2, site.sites(block)[2].count
-        reason = pristine.why_not_norm(norm, x)
+        reason = decided(pristine.why_not_norm, norm, x)
         count(x, reason)
         if reason is None:
             h = functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import pristine, reference
+from ...route import decided
 from .. import formula, site, source, swap
 from ..adapter import Adapter
 from ..resnet import resnet
@@ -52,7 +53,7 @@ class Formula(Adapter):
     def forward(self, block: nn.Module, x: Tensor, emb: Any = None) -> Tensor:
         given = isinstance(emb, Tensor)
         known = self.blocks.get((block.training if self.has_modes else False, given))
-        reason = self.why_not_now(block, known, x, emb)
+        reason = decided(self.why_not_now, block, known, x, emb)
         if reason is not None:
             for s in site.sites(block):
                 s.count(x, reason)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import pristine
+from ...route import decided
 from .. import site, swap
 from ..adapter import Adapter
 from ..resnet import resnet
@@ -55,7 +56,7 @@ class ResBlock(Adapter):
         return None
 
     def forward(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        reason = self.why_not_now(block) or (None if emb.dim() == 2 else "its time embedding is not (N, C)")
+        reason = decided(self.why_not_now, block) or (None if emb.dim() == 2 else "its time embedding is not (N, C)")
         if reason is not None:
             for s in site.sites(block):
                 s.count(x, reason)

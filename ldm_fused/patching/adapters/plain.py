@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ... import functional, pristine
 from ...resnet import norm_swish
+from ...route import decided
 from .. import site, swap
 from ..adapter import Adapter
 
@@ -15,7 +16,6 @@ class Norm(Adapter):
     """A GroupNorm without activation. Hooks need no look: they are called around its forward, as always."""
 
     kind = "norm"
-
 
     def why_not(self, norm: nn.Module) -> Optional[str]:
         return pristine.why_not_class(type(norm))
@@ -34,11 +34,8 @@ class Norm(Adapter):
         return [(torch.randn(2, channels, *sizes),) for sizes in ((7,), (5, 4), (3, 4, 2))]
 
     def forward(self, norm: nn.Module, input: Tensor) -> Tensor:
-        cls = swap.original(type(norm))
-        known = pristine.known_norm(norm, cls)
-        reason = pristine.why_not_class(cls) or pristine.why_not_beside(norm, input)
-        if reason is None:
-            reason = "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
+        known = pristine.known_norm(norm, swap.original(type(norm)))
+        reason = decided(self.why_not_now, norm, known, input)
         site.sites(norm)[0].count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
@@ -47,6 +44,13 @@ class Norm(Adapter):
             return functional.run(functional.checked(input, norm.num_groups, weight, bias, norm.eps, activation, None,
                                                      None, None, None))
         return functional.group_norm_act(input, norm.num_groups, weight, bias, norm.eps, activation=activation)
+
+    def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
+        """The reason why it must be called, or None."""
+        reason = pristine.why_not_class(swap.original(type(norm))) or pristine.why_not_beside(norm, x)
+        if reason is None:
+            reason = "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
+        return reason
 
 
 class Sequential(Adapter):
