@@ -3,7 +3,8 @@
 from . import ops, reference
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
-from .patching import Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, report, unpatch
+from .patching import (Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, register_norm,
+                       report, unpatch)
 
 __all__ = [
     "Adapter",
@@ -21,6 +22,7 @@ __all__ = [
     "patched",
     "reference",
     "register_block",
+    "register_norm",
     "report",
     "unpatch",
 ]

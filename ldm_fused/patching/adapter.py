@@ -6,7 +6,9 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 from torch import nn
 
-__all__ = ["Adapter", "register_block"]
+from .. import pristine
+
+__all__ = ["Adapter", "register_block", "register_norm"]
 
 
 class Adapter:
@@ -85,6 +87,7 @@ class Adapter:
 
 
 registered: Dict[type, Adapter] = {}
+norms: Dict[type, pristine.Norm] = {}
 
 
 def register_block(cls: type, adapter: Adapter) -> None:
@@ -98,6 +101,22 @@ def register_block(cls: type, adapter: Adapter) -> None:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an instance of ldm_fused.Adapter, got {adapter!r}")
     registered[cls] = adapter
+
+
+def register_norm(cls: type, *, keeps_dtype: bool = False, activated: bool = False) -> None:
+    """From now on ``patch`` serves the instances of ``cls``, not of its subclasses, as GroupNorms with the attributes
+    ``num_groups``, ``weight``, ``bias`` and ``eps``, alone and in blocks. A class whose forward can be read needs none.
+
+    Args:
+        keeps_dtype: it gives the input's dtype under CUDA autocast, too, where ``nn.GroupNorm`` gives float32.
+        activated: it gives swish of what it has normalized.
+
+    Raises:
+        TypeError: for a ``cls`` that is no class of modules.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
+    norms[cls] = pristine.Norm(keeps_dtype=keeps_dtype, activated=activated)
 
 
 def imported(path: str) -> Optional[type]:

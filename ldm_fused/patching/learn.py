@@ -1,5 +1,6 @@
 """Classes of norms and activations that nobody registered: what they compute is read."""
 
+import weakref
 from typing import Any, Dict, Optional, Tuple
 
 from torch import nn
@@ -73,11 +74,7 @@ def activation(module: nn.Module) -> None:
             return
     except Unreadable:
         pass
-    _no_activations[cls] = None
+    _no_activations.add(cls)
 
 
-class _Classes(dict):
-    """Classes that are asked about once."""
-
-
-_no_activations = _Classes()
+_no_activations: "weakref.WeakSet[type]" = weakref.WeakSet()

@@ -4,13 +4,15 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..modules import UnsupportedBlock
 from .. import pristine
 from . import learn, source, swap, trial
 from .adapter import Adapter, registered
+from .adapter import norms as registered_norms
 from .adapters import formula, known_classes, ldm
-from .adapters.plain import Norm
+from .adapters.plain import Left, Norm
 from .site import STATE
 
 __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
@@ -74,6 +76,8 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
     modules = named_modules(model)
     for name, module in modules:
         swap.clean(module)
+        if swap.is_swapped(module) and isinstance(module.__dict__[STATE].adapter, Left):
+            swap.swap_back(module)  # it may be known now
         if swap.is_swapped(module):
             done.append(module)
             plan.claim(module, module.__dict__[STATE].adapter)
@@ -88,6 +92,8 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
         raise UnsupportedBlock(str(found))
     for name, module, adapter in plan.good:
         found.replaced.append((name, type(module), tuple(adapter.sites(module))))
+        swap.swap(module, adapter, recompute)
+    for module, adapter in plan.left:
         swap.swap(module, adapter, recompute)
     for module in done:
         module.__dict__[STATE].recompute = recompute
@@ -141,12 +147,15 @@ class _Plan:
     def __init__(self, found: PatchReport, kinds: Dict[str, bool]) -> None:
         self.found, self.kinds = found, kinds
         self.classes = {**known_classes(), **registered}
+        for cls, norm in registered_norms.items():
+            pristine.know_norm(cls, norm)
         self.chosen: List[Tuple[str, nn.Module, Adapter]] = []
         self.good: List[Tuple[str, nn.Module, Adapter]] = []  # of those that were tried
         self.seen: Set[int] = set()  # ids of modules that are spoken for, served or left alone
         self.read_before: Dict[Any, Any] = {}  # adapters and reasons
         self.unread: Dict[type, str] = {}  # norms, and why
         self.tried_norms: Set[Any] = set()
+        self.left: List[Tuple[nn.Module, Adapter]] = []  # norms that are called as they are, and counted
 
     def claim(self, module: nn.Module, adapter: Adapter) -> None:
         self.seen.update(self.claims(module, adapter))
@@ -196,7 +205,7 @@ class _Plan:
         self.read(name, module)
 
     def learn(self, name: str, module: nn.Module) -> None:
-        if learn.looks_like_a_norm(module):
+        if learn.looks_like_a_norm(module) or type(module) in registered_norms:
             reason = learn.norm(module)
             key = type(module), pristine.known_norm(module)
             if reason is None and key not in self.tried_norms:
@@ -237,7 +246,10 @@ class _Plan:
         reason = self.unread.get(type(module))
         if reason is not None or adapter is None or adapter.kind != "norm":
             if isinstance(module, nn.GroupNorm):
-                self.leave(name, module, None, f"it is a subclass of GroupNorm: {reason or 'of unknown parts'}")
+                reason = f"it is a subclass of GroupNorm: {reason or 'of unknown parts'}"
+                self.leave(name, module, None, reason)
+                if self.kinds["norm"] and "forward" not in vars(module):
+                    self.left.append((module, Left(reason)))
         else:
             self.choose(name, module, adapter)
 
@@ -251,7 +263,7 @@ class _Plan:
         good = []
         self.chosen, chosen = [], self.chosen
         for rows in variants.values():
-            smallest = min(rows, key=lambda row: sum(p.numel() for p in row[1].parameters()))
+            smallest = min(rows, key=lambda row: sum(0 if is_lazy(p) else p.numel() for p in row[1].parameters()))
             reason = trial.why_not(smallest[1], smallest[2])
             for name, module, adapter in rows:
                 if reason is None:

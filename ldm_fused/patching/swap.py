@@ -1,8 +1,9 @@
 """Swapping an instance's class for a subclass that serves it, and back."""
 
 import copyreg
+import weakref
 from types import FunctionType
-from typing import Any, Dict, Tuple
+from typing import Any, Tuple
 
 from torch import nn
 
@@ -12,7 +13,8 @@ from .adapter import Adapter
 from .call import Call, has_proxy
 from .site import STATE, State, is_disabled, state
 
-_subclasses: Dict[Tuple[type, Adapter], type] = {}
+# A class goes when its last instance does, and with it what it was made of.
+_subclasses: "weakref.WeakValueDictionary[Tuple[type, Adapter], type]" = weakref.WeakValueDictionary()
 
 
 def subclass(original: type, adapter: Adapter) -> type:
@@ -57,7 +59,8 @@ def subclass(original: type, adapter: Adapter) -> type:
         forward.__wrapped__ = before  # signatures are asked for, by accelerate for one
         names = {method: forward, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__,
                  "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_ldm_fused_original": original}
-        found = _subclasses[original, adapter] = type(original)(original.__name__, (original,), names)
+        found = type(original)(original.__name__, (original,), names)
+        _subclasses[original, adapter] = found
     return found
 
 

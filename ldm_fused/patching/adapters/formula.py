@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ... import pristine, reference
 from ...route import decided
@@ -154,6 +155,8 @@ def _read(module: nn.Module, method: str) -> Formula:
         raise Unreadable(f"its {method} takes no argument")
     takes = min(2, len(positional))
     default = positional[1].default if takes == 2 and positional[1].default is not inspect.Parameter.empty else None
+    if any(is_lazy(p) for p in module.parameters()):
+        raise Unreadable("it has parameters without a shape yet")
     rank = max([p.dim() for p in module.parameters()] + [3])
     blocks: Dict[Key, formula.Block] = {}
     names, reasons, has_modes = set(), [], False

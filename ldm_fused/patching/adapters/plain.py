@@ -53,6 +53,19 @@ class Norm(Adapter):
         return reason
 
 
+class Left(Norm):
+    """A norm that is not known: it is called, and counted."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
+        return self.reason
+
+    def why_not(self, norm: nn.Module) -> Optional[str]:
+        return None
+
+
 class Sequential(Adapter):
     """A Sequential in which a norm is followed by SiLU: OpenAI's ``out``, MONAI's, temporal convolutions."""
 
