@@ -358,6 +358,8 @@ def norm(traced: Traced, module: nn.Module) -> pristine.Norm:
         elif own[name] is not None or given is not None:
             raise Unreadable(f"its {name} is not used")
     given, _ = _uncast(r, arguments["input"], x)
+    if arguments["input"] is not x and not keeps_dtype:
+        raise Unreadable("it gives float32")
     if given is not x:
         raise Unreadable(f"it computes {given} first")
     r.finish()

@@ -153,8 +153,8 @@ class _Plan:
         self.good: List[Tuple[str, nn.Module, Adapter]] = []  # of those that were tried
         self.seen: Set[int] = set()  # ids of modules that are spoken for, served or left alone
         self.read_before: Dict[Any, Any] = {}  # adapters and reasons
-        self.unread: Dict[type, str] = {}  # norms, and why
-        self.tried_norms: Set[Any] = set()
+        self.unread: Dict[int, str] = {}  # norms by their ids, and why
+        self.tried_norms: Dict[Any, Optional[str]] = {}
         self.left: List[Tuple[nn.Module, Adapter]] = []  # norms that are called as they are, and counted
 
     def claim(self, module: nn.Module, adapter: Adapter) -> None:
@@ -207,13 +207,15 @@ class _Plan:
     def learn(self, name: str, module: nn.Module) -> None:
         if learn.looks_like_a_norm(module) or type(module) in registered_norms:
             reason = learn.norm(module)
-            key = type(module), pristine.known_norm(module)
-            if reason is None and key not in self.tried_norms:
-                self.tried_norms.add(key)
-                reason = trial.why_not(module, Norm())
+            if reason is None:
+                key = type(module), pristine.known_norm(module)
+                if key not in self.tried_norms:
+                    self.tried_norms[key] = trial.why_not(module, Norm())
+                reason = self.tried_norms[key]
+                if reason is not None:
+                    pristine.forget_norm(type(module))
             if reason is not None:
-                self.unread[type(module)] = reason
-                pristine.forget_norm(type(module))
+                self.unread[id(module)] = reason
         elif not module._modules and not type(module).__module__.startswith("torch."):
             learn.activation(module)
 
@@ -243,7 +245,7 @@ class _Plan:
         adapter = self.classes.get(type(module))
         if adapter is None and pristine.known_norm(module) is not None:
             adapter = Norm()
-        reason = self.unread.get(type(module))
+        reason = self.unread.get(id(module))
         if reason is not None or adapter is None or adapter.kind != "norm":
             if isinstance(module, nn.GroupNorm):
                 reason = f"it is a subclass of GroupNorm: {reason or 'of unknown parts'}"
