@@ -1,5 +1,6 @@
 """Modules: :class:`GroupNormSiLU` and :class:`FusedResnetBlock`."""
 
+import inspect
 from typing import Optional
 
 from torch import Tensor, nn
@@ -67,12 +68,17 @@ class FusedResnetBlock(reference.ResnetBlock):
         """
         from .patching import trial  # it serves blocks of this class too
         from .patching.adapters.ldm import BLOCK
+        from .patching.call import Call
 
         reason = pristine.why_not_instance(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
             reason = why_not_structure(block) or why_not_formula(block) or trial.why_not(block, BLOCK)
         if reason is not None:
             raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
+        if type(block) not in KNOWN_CLASSES and not _takes_x_and_temb(type(block)):
+            fused = StandIn._sharing(block, recompute)
+            fused._own, fused._call = (block,), Call(type(block).forward, FusedResnetBlock.forward)
+            return fused
         return cls._sharing(block, recompute)
 
     @classmethod
@@ -105,6 +111,21 @@ class FusedResnetBlock(reference.ResnetBlock):
             shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
         return resnet(x, norm1=self.norm1, conv1=self.conv1, temb=temb, norm2=self.norm2, dropout=self.dropout,
                       conv2=self.conv2, shortcut=shortcut, recompute=self.recompute)
+
+
+class StandIn(FusedResnetBlock):
+    """Stands in for a block whose class takes other arguments, under that class's names; where one is not what it is by
+    default, that block runs."""
+
+    def forward(self, *args, **kwargs):
+        bound = self._call.bind(args, kwargs)
+        return self._own[0](*args, **kwargs) if bound is None else super().forward(*bound)
+
+
+def _takes_x_and_temb(cls: type) -> bool:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return [p.name for p in parameters] in (["x"], ["x", "temb"]) and all(
+        p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 # Classes whose forward is known to be the reference block's, by identity: a subclass may compute something else.

@@ -105,8 +105,12 @@ def test_the_source_tells_whether_the_activation_follows_the_norm(load):
         assert told(["h = self.norm_out(z)", "h = nonlinearity(h)", "return self.conv_out(h)"], m) == "nonlinearity"
         lines = ["if z is not None:", "    h = self.norm_out(z)", "    h = nonlinearity(h)", "return h"]
         assert told(lines, m) == "nonlinearity"
+        assert told(["return self.conv_out(nonlinearity(self.norm_out(z)))"], m) == "nonlinearity"
+        assert told(["h = self.norm_out(z)", "h = [nonlinearity(h)]", "return h"], m) == "nonlinearity"
         for body in (
             ["h = self.norm_out(z)", "y = nonlinearity(h)", "return y + h"],
+            ["return nonlinearity(self.norm_out(z), 2)"], ["return unknown(self.norm_out(z))"],
+            ["h = nonlinearity(self.norm_out(z))", "return h + self.norm_out(z)"],
             ["h = self.norm_out(z)", "h = h + 1", "h = nonlinearity(h)", "return h"],
             ["h = self.norm_out(z)", "h = nonlinearity(z)", "return h"],
             ["h = self.norm_out(z)", "h = nonlinearity(h, 2)", "return h"],

@@ -1,5 +1,6 @@
 """FusedResnetBlock.from_module: what it accepts, and what it refuses with which reason."""
 
+import copy
 import threading
 
 import pytest
@@ -100,6 +101,30 @@ def test_from_module_shares_parameters(make):
     fused.eval()
     x = torch.randn(2, 32, 5, 5)
     torch.testing.assert_close(fused(x), block(x, None), rtol=1e-4, atol=1e-5)
+
+
+class Carrying(PrivateCopy):
+    """As ComfyUI's, which is called with four arguments."""
+
+    def forward(self, hidden_states, temb=None, conv_carry_in=None, conv_carry_out=None, **others):
+        h = self.conv1(nn.functional.silu(self.norm1(hidden_states)))
+        h = self.conv2(self.dropout(nn.functional.silu(self.norm2(h))))
+        if conv_carry_in is not None:
+            h = h * conv_carry_in
+        return h + (self.nin_shortcut(hidden_states) if hasattr(self, "nin_shortcut") else hidden_states)
+
+
+@pytest.mark.parametrize("args,kwargs", [((), {}), ((None, None, None), {}), ((), {"conv_carry_out": None}),
+                                         ((None, 3.0), {}), ((), {"conv_carry_in": 2.0, "scale": 1})], ids=str)
+def test_from_module_takes_the_classes_own_arguments(args, kwargs):
+    block = Carrying(32, 64).eval()
+    x = torch.randn(2, 32, 5, 5)
+    for fused in (FusedResnetBlock.from_module(block), copy.deepcopy(FusedResnetBlock.from_module(block))):
+        assert list(fused.state_dict()) == list(block.state_dict())
+        torch.testing.assert_close(fused(x, *args, **kwargs), block(x, *args, **kwargs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fused(hidden_states=x), block(x), rtol=1e-4, atol=1e-5)
+        with pytest.raises(TypeError):
+            fused()
 
 
 def hooked(block):

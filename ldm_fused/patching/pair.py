@@ -200,8 +200,8 @@ def _renamed(forward: FunctionType, name: str) -> FunctionType:
 def function_behind(forward: Callable, norm: str) -> Optional[str]:
     """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, or None.
 
-    Its source must say ``h = self.norm(...)`` and ``h = function(h)`` in one statement behind the other, and name that
-    norm nowhere else.
+    Its source must say ``function(self.norm(...))``, or ``h = self.norm(...)`` and ``h = function(h)`` (or
+    ``h = [function(h)]``) in one statement behind the other, and name that norm nowhere else.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
@@ -210,11 +210,15 @@ def function_behind(forward: Callable, norm: str) -> Optional[str]:
     if sum(isinstance(node, ast.Attribute) and node.attr == norm for node in ast.walk(tree)) != 1:
         return None
     for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name(act), [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])], []) if name == norm:
+                return act if isinstance(forward.__globals__.get(act), FunctionType) else None
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for first, second in zip(block, block[1:]) if isinstance(block, list) else ():
                 match first, second:
                     case (ast.Assign([ast.Name(h)], ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])),
-                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], []))
+                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], [])
+                                     | ast.List([ast.Call(ast.Name(act), [ast.Name(argument)], [])]))
                           ) if name == norm and h == g == argument:
                         return act if isinstance(forward.__globals__.get(act), FunctionType) else None
     return None

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..modules import UnsupportedBlock
+from ..modules import StandIn, UnsupportedBlock
 from .. import pristine
 from . import learn, source, swap, trial
 from .adapter import Adapter, registered
@@ -186,6 +186,9 @@ class _Plan:
 
     def blocks(self, name: str, module: nn.Module) -> None:
         adapter = self.classes.get(type(module))
+        if type(module) is StandIn:  # it is fused as it is
+            self.seen.update(id(part) for part in module.modules())
+            return
         if adapter is not None and adapter.kind == "block":
             if adapter.sites(module) or not adapter.is_container:
                 self.choose(name, module, adapter)
