@@ -39,7 +39,8 @@ def know(cls: type) -> None:
     computes."""
     file = getattr(cls.forward, "__globals__", {}).get("__name__")
     definer = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
-    _FORWARD.setdefault(cls, cls.forward if file == definer.__module__ else None)  # else somebody has replaced it before
+    # Of another file: somebody has replaced it before.
+    _FORWARD.setdefault(cls, cls.forward if file == definer.__module__ else None)
 
 
 def know_norm(cls: type, norm: Known) -> None:

@@ -44,7 +44,7 @@ def decided(decide: Callable[..., T], *args: Any) -> T:
 
 
 def _frame(pack_hook: Callable) -> Tuple[Optional[Any], Any]:
-    """The frame of a non-reentrant checkpoint whose hook this is, and of which recomputation; (None, None) of others."""
+    """The frame of a non-reentrant checkpoint whose hook this is, and of which recomputation; else (None, None)."""
     pack_hook = getattr(pack_hook, "_torchdynamo_orig_callable", pack_hook)
     if getattr(pack_hook, "__module__", None) != "torch.utils.checkpoint":
         return None, None

@@ -45,13 +45,15 @@ class Parts(nn.Module):
     def __init__(self, channels=32, out_channels=32, emb=24, norm=nn.GroupNorm):
         super().__init__()
         self.a, self.b = norm(8, channels), norm(8, out_channels)
-        self.c, self.d = nn.Conv2d(channels, out_channels, 3, padding=1), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.c = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.d = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.e = nn.Linear(emb, out_channels)
         self.f = nn.Linear(emb, 2 * out_channels)
         self.drop, self.p = nn.Dropout(0.1), 0.1
         self.same = nn.Identity()
         self.act, self.swish = nn.SiLU(inplace=True), Swish()
         self.skip = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.gate = torch.tensor(1.0)
         self.factor, self.numpy_factor, self.flag, self.log = 0.5**0.5, np.sqrt(0.5), False, []
 
     def body(self, x):
@@ -270,6 +272,10 @@ def by_list(self, x):
     return x + self.body(x)
 
 
+def by_tensor(self, x):
+    return x + self.body(x) if self.gate else x
+
+
 def counts(self, x):
     self.factor = 2 * self.factor
     return x + self.body(x)
@@ -359,8 +365,9 @@ def two_tensors(self, x):
 
 
 LEFT = {f.__name__: f for f in (
-    clamp_in_16_bits, clamp, by_size, by_odd_width, by_grad_mode, by_local, by_environment, by_helper, by_list, counts,
-    logs, keeps, in_place, in_place_of_an_alias, in_place_of_what_is_read, without_autocast, relu, scaled_branch, swapped_norm, twice, reads_inner, embedding_of_x,
+    clamp_in_16_bits, clamp, by_size, by_odd_width, by_grad_mode, by_local, by_environment, by_helper, by_list,
+    by_tensor, counts, logs, keeps, in_place, in_place_of_an_alias, in_place_of_what_is_read, without_autocast, relu,
+    scaled_branch, swapped_norm, twice, reads_inner, embedding_of_x,
     embedding_in_front, scale_without_one, thirds, two_tensors)}
 
 

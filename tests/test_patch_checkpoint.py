@@ -39,7 +39,8 @@ def global_hook():
         handle.remove()
 
 
-CONTEXTS = {"disabled": ldm_fused.disabled, "global hook": global_hook, "flop counter": lambda: FlopCounterMode(display=False)}
+CONTEXTS = {"disabled": ldm_fused.disabled, "global hook": global_hook,
+            "flop counter": lambda: FlopCounterMode(display=False)}
 
 
 @pytest.mark.parametrize("around", ["forward", "backward"])

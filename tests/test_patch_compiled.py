@@ -121,7 +121,7 @@ def test_a_second_model(model):
 
 
 def test_many_compiled_pieces_of_several_kinds_stay_compiled():
-    """Each patched class has code of its own, so that its pieces do not use up the limit of recompilations of others."""
+    """Each patched class has code of its own, and its pieces do not use up the limit of recompilations of others."""
     torch._dynamo.reset()
 
     def make(i):

@@ -211,7 +211,8 @@ def function_behind(forward: Callable, norm: str) -> Optional[str]:
         return None
     for node in ast.walk(tree):
         match node:
-            case ast.Call(ast.Name(act), [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])], []) if name == norm:
+            case ast.Call(ast.Name(act), [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])],
+                          []) if name == norm:
                 return act if isinstance(forward.__globals__.get(act), FunctionType) else None
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for first, second in zip(block, block[1:]) if isinstance(block, list) else ():

@@ -1,7 +1,7 @@
 """What a trace of a function does not see is looked for in its source: what it branches on, and what it does beside.
 
-A trace follows one way through the code. It may stand for all calls only if the way depends on nothing but attributes of
-``self``, which are looked at again in each call, whether an argument is None, and how many dimensions a tensor has.
+A trace follows one way through the code. It may stand for all calls only if the way depends on nothing but attributes
+of ``self``, which are looked at again in each call, whether an argument is None, and how many dimensions a tensor has.
 """
 
 import ast
@@ -26,10 +26,12 @@ class Unreadable(Exception):
 
 
 class Source(NamedTuple):
-    """The attributes of self, dotted, that a function reads, and those of them that it branches on."""
+    """The attributes of self, dotted, that a function reads, those that it branches on, and those of which it asks
+    whether they are there."""
 
     read: Tuple[str, ...]
     tested: Tuple[str, ...]
+    present: Tuple[str, ...]
 
 
 def text_of(code: CodeType, cls: type) -> str:
@@ -71,6 +73,7 @@ class _Function:
         self.self = parameters[0].arg if parameters and parameters[0].arg == "self" else None
         self.parameters = {a.arg for a in [*parameters, *function.args.kwonlyargs]}
         self.tested: Set[str] = set()
+        self.present: Set[str] = set()  # whose being there alone is asked
         self.checked: Set[str] = set()  # local names
         self.body = function.body if isinstance(function.body, list) else [function.body]
 
@@ -92,7 +95,7 @@ class _Function:
             for test in _tests(node):
                 self.allow(test)
         read = {path for node in self.nodes() for path in [self.path(node)] if path}
-        return Source(tuple(sorted(read)), tuple(sorted(self.tested)))
+        return Source(tuple(sorted(read)), tuple(sorted(self.tested)), tuple(sorted(self.present)))
 
     def nodes(self) -> Iterator[ast.AST]:
         for statement in self.body:
@@ -117,7 +120,10 @@ class _Function:
             pass
         elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops) and all(
                 isinstance(c, ast.Constant) and c.value is None for c in node.comparators):
-            if not isinstance(node.left, ast.Name):
+            path = self.path(node.left)
+            if path is not None:
+                self.present.add(path)
+            elif not isinstance(node.left, ast.Name):
                 self.allow(node.left)
         elif isinstance(node, (ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.Tuple, ast.List, ast.Set)):
             for part in ast.iter_child_nodes(node):
@@ -162,7 +168,7 @@ class _Function:
             return False
         if name in ("hasattr", "getattr") and isinstance(first, ast.Name) and first.id == self.self:
             if isinstance(call.args[1], ast.Constant) and all(isinstance(a, ast.Constant) for a in call.args[2:]):
-                self.tested.add(str(call.args[1].value))
+                (self.present if name == "hasattr" else self.tested).add(str(call.args[1].value))
                 return True
         if name == "len" and isinstance(first, ast.Attribute) and first.attr == "shape":
             return True
@@ -208,9 +214,13 @@ def deciding(module: nn.Module, sources: List[Source]) -> Tuple[str, ...]:
     for source in sources:
         for path in source.tested:
             value = told(module, path)
-            if not is_simple(value):
+            if not is_simple(value) or value == TENSOR:
                 raise Unreadable(f"it branches on self.{path}, a {type(value).__name__}")
             names.add(path)
+        for path in source.present:
+            names.add(path)
+            if not is_simple(told(module, path)):
+                raise Unreadable(f"it asks for self.{path}, a {type(told(module, path)).__name__}")
         names.update(path for path in source.read if is_simple(told(module, path))
                      and told(module, path) not in (MODULE, TENSOR, ABSENT))
     return tuple(sorted(names - {"training"}))

@@ -50,8 +50,8 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
     try:
         graph = tracer.trace(module)
     except Exception as error:
-        raise Unreadable(f"its {method} cannot be traced: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                         ) from None
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unreadable(f"its {method} cannot be traced: {told}") from None
     finally:
         sys.setprofile(before)
         if collects:

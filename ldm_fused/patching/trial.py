@@ -34,7 +34,7 @@ class Halving(nn.Module):
 
 
 class InFloat64(TorchFunctionMode):
-    """What casts to float32 does not: classes that compute in it whatever they are given are seen to the same digits."""
+    """Casts to float32 do nothing to float64: what computes in float32 whatever it is given is seen to as many digits."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
