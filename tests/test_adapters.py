@@ -173,6 +173,26 @@ def test_openai_unet(file, name, load, biases):
     assert [row.name for row in run.sites] == ["block.in_layers.0", "block.out_layers.0", "norm", "out.0"]
 
 
+def test_a_subclass_that_keeps_the_method_is_served(load):
+    """As SVD's VideoResBlock, whose forward goes on with what its base's gives."""
+    load("sgm.modules.diffusionmodules.util")
+    ResBlock = load("sgm.modules.diffusionmodules.openaimodel").ResBlock
+
+    class VideoResBlock(ResBlock):
+        def __init__(self):
+            super().__init__(32, 24, 0.0, out_channels=64)
+            self.time_stack = ResBlock(64, 24, 0.0)
+
+        def forward(self, x, emb, num_video_frames=1):
+            x = super().forward(x, emb)
+            return 0.5 * x + 0.5 * self.time_stack(x, emb)
+
+    arguments = random(2, 32, 8, 6, dtype=torch.float32), random(2, 24, dtype=torch.float32)
+    patched, run = check(VideoResBlock(), arguments, tolerance=2e-4)
+    assert not patched.skipped and run.share == 1 and run.fused >= 4
+    assert [name for name, _, _ in patched.replaced] == ["", "time_stack"]
+
+
 @pytest.mark.parametrize("part", ["in_layers", "in_layers.0", "out_layers.1", "skip_connection"])
 def test_openai_block_with_a_hooked_part(part, load):
     load("guided_diffusion.nn")
