@@ -4,7 +4,8 @@ from . import ops, reference
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
 from .ops import limit_multiprocessors
-from .patching import Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, report, unpatch
+from .patching import (Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, register_norm,
+                       report, unpatch)
 
 __all__ = [
     "Adapter",
@@ -23,6 +24,7 @@ __all__ = [
     "patched",
     "reference",
     "register_block",
+    "register_norm",
     "report",
     "unpatch",
 ]

@@ -1,5 +1,6 @@
 """Modules: :class:`GroupNormSiLU` and :class:`FusedResnetBlock`."""
 
+import inspect
 from typing import Optional
 
 from torch import Tensor, nn
@@ -59,20 +60,25 @@ class FusedResnetBlock(reference.ResnetBlock):
     def from_module(cls, block: nn.Module, *, recompute: bool = False) -> "FusedResnetBlock":
         """A fused block that shares ``block``'s submodules and Parameters.
 
-        Accepts the reference block, fused blocks, and any other class that has exactly their submodules and, in a
-        trial on a private copy with random weights, computes what they compute, forward and backward.
+        Accepts the reference block, fused blocks, and any other class that has exactly their submodules and whose
+        forward is their formula, which is read, and tried on a private copy with random weights.
 
         Raises:
             UnsupportedBlock: with the reason.
         """
         from .patching import trial  # it serves blocks of this class too
         from .patching.adapters.ldm import BLOCK
+        from .patching.call import Call
 
         reason = pristine.why_not_instance(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
-            reason = why_not_structure(block) or trial.why_not(block, BLOCK)
+            reason = why_not_structure(block) or why_not_formula(block) or trial.why_not(block, BLOCK)
         if reason is not None:
             raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
+        if type(block) not in KNOWN_CLASSES and not _takes_x_and_temb(type(block)):
+            fused = StandIn._sharing(block, recompute)
+            fused._own, fused._call = (block,), Call(type(block).forward, FusedResnetBlock.forward)
+            return fused
         return cls._sharing(block, recompute)
 
     @classmethod
@@ -105,6 +111,21 @@ class FusedResnetBlock(reference.ResnetBlock):
             shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
         return resnet(x, norm1=self.norm1, conv1=self.conv1, temb=temb, norm2=self.norm2, dropout=self.dropout,
                       conv2=self.conv2, shortcut=shortcut, recompute=self.recompute)
+
+
+class StandIn(FusedResnetBlock):
+    """Stands in for a block whose class takes other arguments, under that class's names; where one is not what it is by
+    default, that block runs."""
+
+    def forward(self, *args, **kwargs):
+        bound = self._call.bind(args, kwargs)
+        return self._own[0](*args, **kwargs) if bound is None else super().forward(*bound)
+
+
+def _takes_x_and_temb(cls: type) -> bool:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return [p.name for p in parameters] in (["x"], ["x", "temb"]) and all(
+        p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 # Classes whose forward is known to be the reference block's, by identity: a subclass may compute something else.
@@ -143,6 +164,26 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
         return "the norms' and the convolutions' channels differ"
     if "temb_proj" in children and block.temb_proj.out_features != out_channels:
         return f"temb_proj is {block.temb_proj}"
+    return None
+
+
+def why_not_formula(block: nn.Module) -> Optional[str]:
+    """The reason why ``block``'s forward is not the reference block's, or None."""
+    from .patching.adapters import formula
+    from .patching.source import Unreadable
+
+    try:
+        read = formula.read(block)
+    except Unreadable as reason:
+        return str(reason)
+    for found in read.blocks.values():
+        roles = found.norm1, found.act1, found.conv1, found.norm2, found.act2, found.conv2, found.resample
+        if roles != ("norm1", None, "conv1", "norm2", None, "conv2", None):
+            return f"its parts have other roles: {', '.join(map(str, roles))}"
+        if found.embedding not in (None, (None, "temb_proj")) or found.modulation is not None:
+            return "it uses its time embedding in another way"
+        if found.dropout != "dropout" or found.factor != 1.0:
+            return f"its dropout is {found.dropout}, and its result is multiplied by {found.factor}"
     return None
 
 

@@ -4,7 +4,7 @@ Offloading libraries replace ``forward`` in the instance and leave parameters on
 profilers hook modules. Where anything of the kind is found the module itself is called, and the result is right.
 """
 
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,43 @@ CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Conv1d)
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
 
+def always(norm: nn.Module) -> Optional[str]:
+    """Nothing stands against it."""
+    return None
+
+
 class Norm(NamedTuple):
     """What is known of a class of norms that the fused op computes."""
 
     keeps_dtype: bool = False  # gives the input's dtype, also under CUDA autocast, where nn.GroupNorm gives float32
-    why_not_now: Callable[[nn.Module], Optional[str]] = lambda norm: None  # why an instance must be called, or None
+    why_not_now: Callable[[nn.Module], Optional[str]] = always  # why an instance must be called, or None
+    activated: bool = False  # gives swish of what it has normalized
 
+
+Known = Union[Norm, Callable[[nn.Module], Optional[Norm]]]  # of a class, or asked of each instance
 
 _FORWARD: Dict[type, Optional[Callable]] = {}
-_NORMS: Dict[type, Norm] = {}
+_NORMS: Dict[type, Known] = {}
 _ACTIVATIONS = {nn.SiLU}
 
 
 def know(cls: type) -> None:
-    """From now on ``cls``, with its own file's forward, may be bypassed by whoever knows what it computes."""
+    """From now on ``cls``, with the forward of the file that defines it, may be bypassed by whoever knows what it
+    computes."""
     file = getattr(cls.forward, "__globals__", {}).get("__name__")
-    _FORWARD.setdefault(cls, cls.forward if file == cls.__module__ else None)  # else somebody has replaced it before
+    definer = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
+    # Of another file: somebody has replaced it before.
+    _FORWARD.setdefault(cls, cls.forward if file == definer.__module__ else None)
 
 
-def know_norm(cls: type, norm: Norm) -> None:
+def know_norm(cls: type, norm: Known) -> None:
     know(cls)
     _NORMS.setdefault(cls, norm)
+
+
+def forget_norm(cls: type) -> None:
+    """``cls`` turned out to compute something else."""
+    _NORMS.pop(cls, None)
 
 
 def know_activation(cls: type) -> None:
@@ -43,14 +59,32 @@ def know_activation(cls: type) -> None:
     _ACTIVATIONS.add(cls)
 
 
-for _cls in (*CONVOLUTIONS, nn.Dropout, nn.Linear, nn.SiLU, nn.Sequential):
+def is_known(cls: type) -> bool:
+    """Whether ``cls`` is one of norms or activations that something is known of."""
+    return cls in _NORMS or cls in _ACTIVATIONS
+
+
+def knowledge(module: nn.Module) -> Tuple[Tuple[type, Optional[Known]], ...]:
+    """What is known of the classes of norms and activations in ``module`` that are not PyTorch's own, for
+    :func:`learn` in another process."""
+    classes = {type(part) for part in module.modules()} - {nn.GroupNorm, nn.SiLU}
+    return tuple((cls, _NORMS.get(cls)) for cls in classes if is_known(cls))
+
+
+def learn(known: List[Any]) -> None:
+    for cls, norm in known:
+        know_activation(cls) if norm is None else know_norm(cls, norm)
+
+
+for _cls in (*CONVOLUTIONS, nn.Dropout, nn.Identity, nn.Linear, nn.SiLU, nn.Sequential):
     know(_cls)
 know_norm(nn.GroupNorm, Norm())
 
 
-def known_norm(cls: type) -> Optional[Norm]:
-    """What is known of a class of norms, or None."""
-    return _NORMS.get(cls)
+def known_norm(norm: nn.Module, cls: Optional[type] = None) -> Optional[Norm]:
+    """What is known of a norm, which counts as a ``cls`` where that is given; or None."""
+    known = _NORMS.get(cls or type(norm))
+    return known if known is None or isinstance(known, Norm) else known(norm)
 
 
 def is_swish(function: Callable[[Tensor], Tensor]) -> bool:
@@ -110,7 +144,13 @@ def why_not_instance(module: nn.Module) -> Optional[str]:
 def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
     """The reason why ``norm(x)`` must be called as it is, or None where the fused op may compute it."""
     cls = type(norm) if type(norm) in _NORMS else nn.GroupNorm
-    return why_not(norm, cls, x.device) or why_not_beside(norm, x) or _NORMS[cls].why_not_now(norm)
+    reason = why_not(norm, cls, x.device)
+    if reason is not None:
+        return reason
+    known = known_norm(norm)
+    if known is None:
+        return "its attributes have changed since it was read"
+    return why_not_beside(norm, x) or known.why_not_now(norm)
 
 
 def why_not_activation(act: nn.Module) -> Optional[str]:

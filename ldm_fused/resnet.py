@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import functional, ops, pristine, reference
+from .route import decided
 
 Count = Callable[[Tensor, Optional[str]], None]  # of a norm's input, and the reason why the norm was called, or None
 
@@ -52,8 +53,8 @@ def resnet(
     """
     # A bias is left to the op that reads a convolution's output only where nothing comes between.
     per_sample = temb is None or temb.dim() == 2
-    bias1 = bias_left(conv1, x) if per_sample else None
-    bias2 = bias_left(conv2, x)
+    bias1 = decided(bias_left, conv1, x) if per_sample else None
+    bias2 = decided(bias_left, conv2, x)
 
     def first_half(x: Tensor) -> Tuple[Tensor, Tensor]:
         h, x = norm_swish(norm1, x, act=act1, into=None if resample else conv1, shortcut=True, count=counts[0],
@@ -66,7 +67,7 @@ def resnet(
         pre_bias = temb.to(h.dtype) if cast_temb and temb is not None else temb
         if not per_sample:
             h, pre_bias = h + pre_bias, None
-        p = probability_of(dropout)
+        p = decided(probability_of, dropout)
         h, _ = norm_swish(norm2, h, pre_bias=pre_bias, conv_bias=bias1, act=act2, into=None if p is None else conv2,
                           dropout_p=p or 0.0, count=counts[1], **modulate2 or {})
         return convolution(conv2, dropout(h) if p is None else h, bias2)
@@ -80,7 +81,7 @@ def resnet(
         h = second_half(h)
     shortcut_bias = None
     if shortcut is not None:
-        shortcut_bias = bias_left(shortcut, x)
+        shortcut_bias = decided(bias_left, shortcut, x)
         x = convolution(shortcut, x, shortcut_bias)
     if x.dtype != h.dtype or x.shape != h.shape or bias2 is None and shortcut_bias is None and divisor == 1.0:
         y = with_bias(x, shortcut_bias) + with_bias(h, bias2)
@@ -128,6 +129,8 @@ def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[fl
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
         return 0.0
+    if type(dropout) is nn.Identity and pristine.why_not(dropout, nn.Identity) is None:
+        return 0.0
     if not isinstance(dropout, nn.Module) or pristine.why_not(dropout, nn.Dropout) is not None:
         return None
     return dropout.p if dropout.training else 0.0
@@ -159,11 +162,11 @@ def norm_swish(
     None.
     """
     odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
-    if odd or _why_not_norm_swish(norm, x, scale, shift, act) is not None:
+    if odd or decided(_why_not_norm_swish, norm, x, scale, shift, act) is not None:
         x, conv_bias = with_bias(x, conv_bias), None
         if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
             x, pre_bias = x + reference.per_channel(pre_bias, x), None
-    reason = _why_not_norm_swish(norm, x, scale, shift, act)
+    reason = decided(_why_not_norm_swish, norm, x, scale, shift, act)
     count(x, reason)
     if reason is not None:
         h = norm(x) if called is None else called(x)
@@ -171,14 +174,16 @@ def norm_swish(
             h = h * (1 + reference.per_channel(scale, h))
         if shift is not None and called is None:
             h = h + reference.per_channel(shift, h)
-        h = (reference.swish if act is None else act)(h)
+        known = pristine.known_norm(norm)
+        if known is None or not known.activated:
+            h = (reference.swish if act is None else act)(h)
         return (F.dropout(h, dropout_p) if dropout_p else h), x
     if conv_bias is not None:
         pre_bias = conv_bias if pre_bias is None else pre_bias + conv_bias
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    dtype = _autocast_dtype_of_convolution(x, into)
+    dtype = decided(_autocast_dtype_of_convolution, x, into)
     shortcut = shortcut and torch.is_grad_enabled()
-    keeps_dtype = pristine.known_norm(type(norm)).keeps_dtype
+    keeps_dtype = pristine.known_norm(norm).keeps_dtype
     if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
         return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
                                          shift=shift, dropout_p=dropout_p), x

@@ -2,12 +2,13 @@
 
 import sys
 from types import ModuleType
-from typing import Any, Dict, Hashable, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
-import torch
 from torch import nn
 
-__all__ = ["Adapter", "register_block"]
+from .. import pristine
+
+__all__ = ["Adapter", "register_block", "register_norm"]
 
 
 class Adapter:
@@ -15,7 +16,9 @@ class Adapter:
 
     :func:`ldm_fused.patch` asks :meth:`why_not` of each instance, tries :meth:`forward` against the class's own on a
     small private copy with random weights, forward and backward, and then swaps the instance's class for a subclass
-    in which ``method`` is :meth:`forward`. For a block of norm, swish, convolution, twice::
+    in which ``method`` is :meth:`forward`. It gets as many of the class's arguments as it takes; where another one is
+    not what it is by default, the class's own method runs. A class whose forward is the formula of a block needs no
+    adapter. One for a block of norm, swish, convolution, twice, would be::
 
         from ldm_fused.patching.resnet import resnet
 
@@ -40,9 +43,6 @@ class Adapter:
 
     kind = "block"
     """``"block"`` or ``"norm"``: which of :func:`ldm_fused.patch`'s switches it hangs on."""
-
-    trial_dtype = torch.float64
-    """The dtype of the trial; float32 for classes that compute in it whatever they are given."""
 
     is_container = False
     """Whether the class only holds parts, so that its subclasses are nothing to tell of."""
@@ -70,6 +70,11 @@ class Adapter:
         """Arguments for the trial: small, float64, on the CPU; None for no trial, where nothing can differ."""
         raise NotImplementedError
 
+    def examples(self, module: nn.Module) -> List[Tuple[Any, ...]]:
+        """All arguments that are tried, where there are several ways to call it."""
+        example = self.example(module)
+        return [] if example is None else [example]
+
     def forward(self, module: nn.Module, *args, **kwargs):
         """What the class's ``method`` computes, with its signature."""
         raise NotImplementedError
@@ -82,6 +87,7 @@ class Adapter:
 
 
 registered: Dict[type, Adapter] = {}
+norms: Dict[type, pristine.Norm] = {}
 
 
 def register_block(cls: type, adapter: Adapter) -> None:
@@ -95,6 +101,22 @@ def register_block(cls: type, adapter: Adapter) -> None:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an instance of ldm_fused.Adapter, got {adapter!r}")
     registered[cls] = adapter
+
+
+def register_norm(cls: type, *, keeps_dtype: bool = False, activated: bool = False) -> None:
+    """From now on ``patch`` serves the instances of ``cls``, not of its subclasses, as GroupNorms with the attributes
+    ``num_groups``, ``weight``, ``bias`` and ``eps``, alone and in blocks. A class whose forward can be read needs none.
+
+    Args:
+        keeps_dtype: it gives the input's dtype under CUDA autocast, too, where ``nn.GroupNorm`` gives float32.
+        activated: it gives swish of what it has normalized.
+
+    Raises:
+        TypeError: for a ``cls`` that is no class of modules.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
+    norms[cls] = pristine.Norm(keeps_dtype=keeps_dtype, activated=activated)
 
 
 def imported(path: str) -> Optional[type]:

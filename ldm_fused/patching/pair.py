@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, pristine
+from ..route import decided
 from . import site, swap
 from .adapter import Adapter
 
@@ -34,7 +35,8 @@ class _Frame:
 
 
 class _Here(threading.local):
-    frame: Optional[_Frame] = None  # the innermost one in this thread
+    def __init__(self) -> None:  # in each thread: a compiled forward's guards read the attribute before one writes it
+        self.frame: Optional[_Frame] = None  # the innermost one in this thread
 
 
 _here = _Here()
@@ -49,12 +51,7 @@ class Norm(Adapter):
         if frame is None or frame.norm is not norm:
             return swap.as_before(norm, input)
         frame.called = True
-        cls = swap.original(type(norm))
-        reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
-                  or pristine.why_not_beside(norm, input) or pristine.known_norm(cls).why_not_now(norm))
-        if reason is None and frame.act is not None:
-            reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
-            reason = reason and f"its activation: {reason}"
+        reason = decided(_why_not_both, norm, frame, input)
         frame.count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
@@ -62,6 +59,22 @@ class Norm(Adapter):
                                       activation="silu" if frame.passes_on else None)
         frame.pending = y if frame.passes_on else None
         return y
+
+
+def _why_not_both(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
+    """The reason why the norm and the activation must be called, or None."""
+    cls = swap.original(type(norm))
+    reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
+              or pristine.why_not_beside(norm, x) or _why_not_now(norm, cls))
+    if reason is None and frame.act is not None:
+        reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
+        reason = reason and f"its activation: {reason}"
+    return reason
+
+
+def _why_not_now(norm: nn.Module, cls: type) -> Optional[str]:
+    known = pristine.known_norm(norm, cls)
+    return "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
 
 
 class Act(Adapter):
@@ -152,7 +165,7 @@ class ParentOfFunction(Parent):
 
     def why_not(self, parent: nn.Module) -> Optional[str]:
         norm, forward = getattr(parent, self.norm, None), type(parent).forward
-        if pristine.known_norm(type(norm)) is None:
+        if norm is None or pristine.known_norm(norm) is None or pristine.known_norm(norm).activated:
             return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
         act = self.act(parent)
         if act is None:
@@ -187,8 +200,8 @@ def _renamed(forward: FunctionType, name: str) -> FunctionType:
 def function_behind(forward: Callable, norm: str) -> Optional[str]:
     """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, or None.
 
-    Its source must say ``h = self.norm(...)`` and ``h = function(h)`` in one statement behind the other, and name that
-    norm nowhere else.
+    Its source must say ``function(self.norm(...))``, or ``h = self.norm(...)`` and ``h = function(h)`` (or
+    ``h = [function(h)]``) in one statement behind the other, and name that norm nowhere else.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
@@ -197,11 +210,16 @@ def function_behind(forward: Callable, norm: str) -> Optional[str]:
     if sum(isinstance(node, ast.Attribute) and node.attr == norm for node in ast.walk(tree)) != 1:
         return None
     for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name(act), [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])],
+                          []) if name == norm:
+                return act if isinstance(forward.__globals__.get(act), FunctionType) else None
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for first, second in zip(block, block[1:]) if isinstance(block, list) else ():
                 match first, second:
                     case (ast.Assign([ast.Name(h)], ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])),
-                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], []))
+                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], [])
+                                     | ast.List([ast.Call(ast.Name(act), [ast.Name(argument)], [])]))
                           ) if name == norm and h == g == argument:
                         return act if isinstance(forward.__globals__.get(act), FunctionType) else None
     return None

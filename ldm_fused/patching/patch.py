@@ -4,11 +4,15 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from ..modules import UnsupportedBlock
-from . import swap, trial
+from ..modules import StandIn, UnsupportedBlock
+from .. import pristine
+from . import learn, source, swap, trial
 from .adapter import Adapter, registered
-from .adapters import flux, known_classes, ldm
+from .adapter import norms as registered_norms
+from .adapters import formula, known_classes, ldm
+from .adapters.plain import Left, Norm
 from .site import STATE
 
 __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
@@ -71,18 +75,25 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
     plan = _Plan(found, {"block": blocks, "norm": norms})
     modules = named_modules(model)
     for name, module in modules:
+        swap.clean(module)
+        if swap.is_swapped(module) and isinstance(module.__dict__[STATE].adapter, Left):
+            swap.swap_back(module)  # it may be known now
         if swap.is_swapped(module):
             done.append(module)
             plan.claim(module, module.__dict__[STATE].adapter)
-    for chosen in (plan.known, plan.copies, plan.norms):
+    for walk in (plan.learn, plan.blocks, plan.ends, plan.norms):
+        if walk == plan.norms:
+            plan.try_chosen()  # the norms of what fails are then served by themselves
         for name, module in modules:
             if not swap.is_swapped(module) and id(module) not in plan.seen:
-                chosen(name, module)
-    chosen = plan.tried()
+                walk(name, module)
+    plan.try_chosen()
     if strict and found.skipped:
         raise UnsupportedBlock(str(found))
-    for name, module, adapter in chosen:
+    for name, module, adapter in plan.good:
         found.replaced.append((name, type(module), tuple(adapter.sites(module))))
+        swap.swap(module, adapter, recompute)
+    for module, adapter in plan.left:
         swap.swap(module, adapter, recompute)
     for module in done:
         module.__dict__[STATE].recompute = recompute
@@ -130,24 +141,36 @@ def named_modules(model: Any) -> List[Tuple[str, nn.Module]]:
 
 
 class _Plan:
-    """What is to be swapped, chosen in three walks: known classes, private copies of known files, single norms."""
+    """What is to be swapped, chosen in walks: known classes, blocks that are read, norms with the activation behind
+    them, single norms."""
 
     def __init__(self, found: PatchReport, kinds: Dict[str, bool]) -> None:
         self.found, self.kinds = found, kinds
         self.classes = {**known_classes(), **registered}
+        for cls, norm in registered_norms.items():
+            pristine.know_norm(cls, norm)
         self.chosen: List[Tuple[str, nn.Module, Adapter]] = []
+        self.good: List[Tuple[str, nn.Module, Adapter]] = []  # of those that were tried
         self.seen: Set[int] = set()  # ids of modules that are spoken for, served or left alone
+        self.read_before: Dict[Any, Any] = {}  # adapters and reasons
+        self.unread: Dict[int, str] = {}  # norms by their ids, and why
+        self.tried_norms: Dict[Any, Optional[str]] = {}
+        self.left: List[Tuple[nn.Module, Adapter]] = []  # norms that are called as they are, and counted
 
     def claim(self, module: nn.Module, adapter: Adapter) -> None:
-        self.seen.add(id(module))
+        self.seen.update(self.claims(module, adapter))
+
+    def claims(self, module: nn.Module, adapter: Adapter) -> Set[int]:
+        claimed = {id(module)}
         for name in (*adapter.sites(module), *adapter.parts(module)):
             path = name.split(".")
-            self.seen.update(id(module.get_submodule(".".join(path[:i]))) for i in range(1, len(path) + 1))
+            claimed.update(id(module.get_submodule(".".join(path[:i]))) for i in range(1, len(path) + 1))
+        return claimed
 
     def leave(self, name: str, module: nn.Module, adapter: Optional[Adapter], reason: str) -> None:
-        """Skipped, with every norm in it; those in a container are the container's alone."""
+        """Skipped. The norms in it are served by themselves."""
         self.found.skipped.append((name, type(module), reason))
-        self.seen.update(id(part) for part in ([module] if adapter and adapter.is_container else module.modules()))
+        self.seen.add(id(module))
 
     def choose(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         if not self.kinds[adapter.kind]:
@@ -161,46 +184,97 @@ class _Plan:
             self.chosen.append((name, module, adapter))
             self.claim(module, adapter)
 
-    def known(self, name: str, module: nn.Module) -> None:
+    def blocks(self, name: str, module: nn.Module) -> None:
         adapter = self.classes.get(type(module))
+        if type(module) is StandIn:  # it is fused as it is
+            self.seen.update(id(part) for part in module.modules())
+            return
         if adapter is not None and adapter.kind == "block":
             if adapter.sites(module) or not adapter.is_container:
                 self.choose(name, module, adapter)
             return
         for cls in type(module).__mro__[1:]:
             adapter = self.classes.get(cls)
-            if adapter is not None and adapter.kind == "block" and not adapter.is_container:
+            if adapter is None or adapter.kind != "block":
+                continue
+            if getattr(type(module), adapter.method) is getattr(cls, adapter.method):
+                if adapter.sites(module):
+                    self.choose(name, module, adapter)
+                return
+            if not adapter.is_container and not formula.looks_like_a_block(module):
                 self.leave(name, module, None, f"it is a subclass of {cls.__module__}.{cls.__qualname__}, which may "
                                                "compute something else")
                 return
+        self.read(name, module)
 
-    def copies(self, name: str, module: nn.Module) -> None:
-        adapter = ldm.private_copy(module) or flux.private_copy(module)
+    def learn(self, name: str, module: nn.Module) -> None:
+        if learn.looks_like_a_norm(module) or type(module) in registered_norms:
+            reason = learn.norm(module)
+            if reason is None:
+                key = type(module), pristine.known_norm(module)
+                if key not in self.tried_norms:
+                    self.tried_norms[key] = trial.why_not(module, Norm())
+                reason = self.tried_norms[key]
+                if reason is not None:
+                    pristine.forget_norm(type(module))
+            if reason is not None:
+                self.unread[id(module)] = reason
+        elif not module._modules and not type(module).__module__.startswith("torch."):
+            learn.activation(module)
+
+    def read(self, name: str, module: nn.Module) -> None:
+        """A block whose class is not known, by its formula; each class and what its branches read once."""
+        if not formula.looks_like_a_block(module):
+            return
+        for key, adapter in self.read_before.get(type(module), ()):
+            if key == tuple(source.told(module, n) for n in adapter.names):
+                return self.choose(name, module, adapter)
+        try:
+            adapter = formula.read(module)
+        except source.Unreadable as reason:
+            if sum(isinstance(part, nn.GroupNorm) or pristine.known_norm(part) is not None
+                   for part in module.modules()) == 2 and self.kinds["block"]:
+                self.leave(name, module, None, f"it is not known to be a ResNet block: {reason}")
+            return
+        self.read_before.setdefault(type(module), []).append((adapter.told, adapter))
+        self.choose(name, module, adapter)
+
+    def ends(self, name: str, module: nn.Module) -> None:
+        adapter = ldm.end(module)
         if adapter is not None:
             self.choose(name, module, adapter)
 
     def norms(self, name: str, module: nn.Module) -> None:
         adapter = self.classes.get(type(module))
-        if adapter is not None and adapter.kind == "norm":
+        if adapter is None and pristine.known_norm(module) is not None:
+            adapter = Norm()
+        reason = self.unread.get(id(module))
+        if reason is not None or adapter is None or adapter.kind != "norm":
+            if isinstance(module, nn.GroupNorm):
+                reason = f"it is a subclass of GroupNorm: {reason or 'of unknown parts'}"
+                self.leave(name, module, None, reason)
+                if self.kinds["norm"] and "forward" not in vars(module):
+                    self.left.append((module, Left(reason)))
+        else:
             self.choose(name, module, adapter)
-        elif isinstance(module, nn.GroupNorm):
-            self.leave(name, module, None, "it is a subclass of GroupNorm, which may compute something else")
 
-    def tried(self) -> List[Tuple[str, nn.Module, Adapter]]:
-        """What is chosen and does what its adapter does: of each variant the smallest instance is tried."""
+    def try_chosen(self) -> None:
+        """Does what is chosen do what its adapter does? Of each variant the smallest instance is tried."""
         variants: Dict[Any, List[Tuple[str, nn.Module, Adapter]]] = {}
         for row in self.chosen:
             _, module, adapter = row
             key = (type(module), getattr(type(module), adapter.method), adapter, adapter.variant(module))
             variants.setdefault(key, []).append(row)
         good = []
+        self.chosen, chosen = [], self.chosen
         for rows in variants.values():
-            smallest = min(rows, key=lambda row: sum(p.numel() for p in row[1].parameters()))
+            smallest = min(rows, key=lambda row: sum(0 if is_lazy(p) else p.numel() for p in row[1].parameters()))
             reason = trial.why_not(smallest[1], smallest[2])
             for name, module, adapter in rows:
                 if reason is None:
                     good.append((name, module, adapter))
                 else:
+                    self.seen -= self.claims(module, adapter)
                     self.leave(name, module, adapter, reason)
-        order = {id(module): i for i, (_, module, _) in enumerate(self.chosen)}
-        return sorted(good, key=lambda row: order[id(row[1])])
+        order = {id(module): i for i, (_, module, _) in enumerate(chosen)}
+        self.good += sorted(good, key=lambda row: order[id(row[1])])

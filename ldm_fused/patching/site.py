@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor, nn
 
+from .. import pristine
 from .adapter import Adapter
 
 __all__ = ["RunReport", "disabled", "report"]
@@ -68,6 +69,25 @@ class State:
         self.sites = tuple(Site(name) for name in adapter.sites(module))
         self.recompute = recompute
         self.why_not: Optional[str] = None  # found out at run time
+        self.known = pristine.knowledge(module)
+        # A class with ways of its own to be copied goes by them, and its copies are unpatched.
+        cls = type(module)
+        self.travels = (cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__
+                        or "_ldm_fused_original" in vars(cls))
+
+    def __reduce__(self):
+        if not self.travels:
+            return dict, ()
+        return _revived, (self.known, self.adapter, self.sites, self.recompute)
+
+
+def _revived(known, adapter: Adapter, sites: Tuple[Site, ...], recompute: bool) -> State:
+    """A state in another process, which knows nothing of the classes of norms yet."""
+    pristine.learn(known)
+    state = State.__new__(State)
+    state.adapter, state.sites, state.recompute, state.known = adapter, sites, recompute, known
+    state.why_not, state.travels = None, True
+    return state
 
 
 def state(module: nn.Module) -> State:
@@ -77,6 +97,12 @@ def state(module: nn.Module) -> State:
 def sites(module: nn.Module) -> Tuple[Site, ...]:
     """The sites of a patched module, in the order of its adapter's names."""
     return module.__dict__[STATE].sites
+
+
+def count_unseen(module: nn.Module, reason: str) -> None:
+    """Of each norm of a patched module that its class's own code has now called, or not."""
+    for s in sites(module):
+        s.count(None, reason)
 
 
 # ---- The report --------------------------------------------------------------------------------------------------
@@ -140,10 +166,11 @@ def report(model: Any) -> RunReport:
     """What the patched norms of ``model``, a module or a pipeline, did in eager mode since they were patched: calls
     fused and fallen back, with the reason, and bytes. Compiled code counts nothing."""
     from .patch import named_modules
+    from .swap import is_swapped
 
     rows: List[SiteReport] = []
     for name, module in named_modules(model):
-        for site in module.__dict__[STATE].sites if STATE in module.__dict__ else ():
+        for site in sites(module) if is_swapped(module) else ():
             full = ".".join(part for part in (name, site.name) if part)
             fallbacks = {reason: calls for reason, calls in site.calls.items() if reason is not None}
             rows.append(SiteReport(full, site.calls.get(None, 0), site.bytes.get(None, 0), fallbacks,

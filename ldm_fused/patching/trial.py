@@ -1,19 +1,24 @@
 """Does an adapter compute what the class computes? Tried on a small private copy with random weights.
 
-A class is known by where it is defined, but libraries change, and forks keep the names: what its forward does is looked
-at.
+A class is known by where it is defined or by its formula; this is the second look, for libraries change, and forks keep
+the names: forward and backward, in training and evaluation, with gradients and without, in two shapes, in float64 and
+16 bits, with small numbers and with some that a clamp would show.
 """
 
-from typing import Any, Dict, List, Optional
+import copy
+from contextlib import contextmanager
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from . import swap
 from .adapter import Adapter
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2}  # of the largest number
+LARGE = {torch.float64: 1e9, torch.float16: 6.2e4}
 
 
 class Halving(nn.Module):
@@ -28,84 +33,182 @@ class Halving(nn.Module):
         return x * 0.5 if self.training else x
 
 
+class InFloat64(TorchFunctionMode):
+    """Casts to float32 do nothing to float64: what computes in float32 whatever it is given is seen to as many digits."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        if any(a is torch.float32 for a in args):
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return function(*args, **kwargs)
+
+
 def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
     """The reason why ``adapter`` does not compute what ``block``'s class does, output and gradients, or None."""
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), \
                 torch.autocast("cpu", enabled=False), torch.device("cpu"):
             torch.default_generator.manual_seed(0)  # the CPU's alone, which is given back as it was
-            arguments = adapter.example(block)
-            if arguments is None:
+            examples = [_cast(example, torch.float64) for example in adapter.examples(block)]
+            if not examples:
                 return None
-            own = private_copy(block, {}).to(adapter.trial_dtype)
-            arguments = [t.to(adapter.trial_dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-                         for t in arguments]
-            leaves = [t for t in (*arguments, *own.parameters()) if isinstance(t, Tensor) and t.is_floating_point()]
-            for t in leaves:
-                t.requires_grad_()
-            for training in (True, False):
-                own.train(training)
-                expected = _results(own, adapter, arguments, leaves)
-                swap.swap(own, adapter, recompute=False)
-                try:
-                    found = _results(own, adapter, arguments, leaves)
-                finally:
-                    swap.swap_back(own)
-                names = ["output"] * (len(expected) - len(leaves)) + ["gradient"] * len(leaves)
-                if len(found) != len(expected):
-                    return f"in a trial its {adapter.method} had another number of outputs than is known of the class"
-                for name, a, b in zip(names, found, expected):
-                    if not _close(a, b):
-                        return (f"in a trial in {'training' if training else 'evaluation'} its {adapter.method} "
-                                f"computed another {name} than is known of the class")
+            trial = _Trial(private_copy(block, {}).to(torch.float64), adapter)
+            for example in examples:
+                reason = trial.in_float64(example)
+                if reason is not None:
+                    return reason
+            trial.own.to(torch.float16)
+            with torch.no_grad():
+                return trial.in_16_bits(_other_shape(examples[-1]))
     except Exception as error:  # whatever a class raises is a reason to leave it alone
         return f"a trial failed with {type(error).__name__}: {error}"
-    return None
 
 
-def _results(block: nn.Module, adapter: Adapter, arguments, leaves) -> List[Tensor]:
-    torch.default_generator.manual_seed(1)
-    own = [t.clone() if isinstance(t, Tensor) else t for t in arguments]  # some blocks write to them
-    y = getattr(block, adapter.method)(*own)
-    y, *others = [t for t in tree_leaves(y) if isinstance(t, Tensor)]
-    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    gradients = torch.autograd.grad(y, leaves, dy, allow_unused=True)
-    return [y, *others, *(torch.zeros((), dtype=y.dtype) if g is None else g for g in gradients)]
+class _Trial:
+    def __init__(self, own: nn.Module, adapter: Adapter) -> None:
+        self.own, self.adapter = own, adapter
+
+    def in_float64(self, example: Sequence[Any]) -> Optional[str]:
+        with InFloat64():
+            large = _large(_other_shape(example), torch.float64)
+            for mode, results in (("training", lambda: self.gradients(example)),
+                                  ("evaluation", lambda: self.outputs(example)),
+                                  ("evaluation without gradients", torch.no_grad()(lambda: self.outputs(large)))):
+                self.own.train(mode == "training")
+                reason = self.differs(results)
+                if reason is not None:
+                    return f"in a trial in {mode} its {self.adapter.method} {reason}"
+        return None
+
+    def in_16_bits(self, example: Sequence[Any]) -> Optional[str]:
+        example = _large(_cast(example, torch.float16), torch.float16)
+        try:
+            self.outputs(example)
+        except RuntimeError:
+            return None  # the class does not run in 16 bits, or not on a CPU
+        reason = self.differs(lambda: self.outputs(example))
+        return reason and f"in a trial in 16 bits its {self.adapter.method} {reason}"
+
+    def differs(self, results) -> Optional[str]:
+        expected, names = results()
+        with self.served():
+            found, _ = results()
+        if len(found) != len(expected):
+            return "had another number of outputs than is known of the class"
+        for name, a, b in zip(names, found, expected):
+            if not _close(a, b):
+                return f"computed another {name} than is known of the class"
+        return None
+
+    @contextmanager
+    def served(self):
+        swap.swap(self.own, self.adapter, recompute=False)
+        try:
+            yield
+        finally:
+            swap.swap_back(self.own)
+
+    def gradients(self, example: Sequence[Any]) -> Tuple[List[Tensor], List[str]]:
+        leaves = [t for t in (*example, *self.own.parameters()) if isinstance(t, Tensor) and t.is_floating_point()]
+        for t in leaves:
+            t.requires_grad_()
+        outputs = self.call(example)
+        y = outputs[0]
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        found = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+        found = [torch.zeros((), dtype=y.dtype) if g is None else g for g in found]
+        return [*(t.detach() for t in outputs), *found], ["output"] * len(outputs) + ["gradient"] * len(found)
+
+    def outputs(self, example: Sequence[Any]) -> Tuple[List[Tensor], List[str]]:
+        found = [t.detach() for t in self.call(example)]
+        return found, ["output"] * len(found)
+
+    def call(self, example: Sequence[Any]) -> List[Tensor]:
+        torch.default_generator.manual_seed(1)
+        given = [t.clone() if isinstance(t, Tensor) else t for t in example]  # some blocks write to them
+        return [t for t in tree_leaves(getattr(self.own, self.adapter.method)(*given)) if isinstance(t, Tensor)]
+
+
+def _cast(example: Sequence[Any], dtype: torch.dtype) -> List[Any]:
+    return [t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in example]
+
+
+def _other_shape(example: Sequence[Any]) -> List[Any]:
+    """A batch of one, one wider."""
+    first, *others = [t[:1] if isinstance(t, Tensor) and t.dim() else t for t in example]
+    return [torch.cat([first, first[..., :1] * 0.5], -1) if first.dim() >= 3 else first, *others]
+
+
+def _large(example: Sequence[Any], dtype: torch.dtype) -> List[Any]:
+    """The first tensor as large as may be, with both signs and many sizes."""
+    x = example[0]
+    peak = x.detach().abs().max()
+    return [(x.detach() / peak * LARGE[dtype]), *example[1:]]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    tolerance = TOLERANCE[a.dtype]
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
+    if a.numel() == 0:
+        return True
+    largest = max(b.max().item(), -b.min().item())
+    if not largest < float("inf"):  # infinite, or not a number
+        return torch.equal(a.isfinite(), b.isfinite())
+    return (a - b).abs_().max().item() <= TOLERANCE[a.dtype] * max(1.0, largest)
 
 
-def private_copy(module: nn.Module, memo: Dict[int, nn.Module]) -> nn.Module:
-    """The module in float64 on the CPU, with random parameters and without what was hung on it: hooks, a forward."""
+# ---- A private copy --------------------------------------------------------------------------------------------------
+
+
+def private_copy(module: nn.Module, memo: Dict[int, Any]) -> nn.Module:
+    """The module in float64 on the CPU, with random parameters and without what was hung on it: hooks, a forward.
+
+    Lists, dicts and whatever else it has are copied, too: a forward may write to them.
+    """
     if id(module) in memo:
         return memo[id(module)]
     if type(module) is nn.Dropout:
-        own = Halving(module)
-    else:
-        cls = swap.original(type(module))
-        own = cls.__new__(cls)
-        nn.Module.__init__(own)
-        fresh = set(vars(own)) - {"training"}
-        kept = {k: v for k, v in vars(module).items() if k not in fresh and k not in ("forward", swap.STATE)}
-        own.__dict__.update(kept)
-        own._parameters = {name: _random(p) for name, p in module._parameters.items()}
-        own._buffers = {name: _cpu(b) for name, b in module._buffers.items()}
-        own._modules = {name: None if child is None else private_copy(child, memo)
-                        for name, child in module._modules.items()}
-        own._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-    memo[id(module)] = own
+        own = memo[id(module)] = Halving(module)
+        return own
+    cls = swap.original(type(module))
+    own = memo[id(module)] = cls.__new__(cls)
+    nn.Module.__init__(own)
+    fresh = set(vars(own)) - {"training"}
+    kept = {k: v for k, v in vars(module).items() if k not in fresh and k not in ("forward", swap.STATE)}
+    own.__dict__.update({k: _own(v, memo) for k, v in kept.items()})
+    own._parameters = {name: _random(p) for name, p in module._parameters.items()}
+    own._buffers = {name: _cpu(b) for name, b in module._buffers.items()}
+    own._modules = {name: None if child is None else private_copy(child, memo)
+                    for name, child in module._modules.items()}
+    own._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     return own
+
+
+def _own(value: Any, memo: Dict[int, Any]) -> Any:
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+        return value
+    if isinstance(value, nn.Module):
+        return private_copy(value, memo)
+    if isinstance(value, Tensor):
+        return _cpu(value)
+    if type(value) in (list, tuple, set):
+        return type(value)(_own(v, memo) for v in value)
+    if type(value) is dict:
+        return {k: _own(v, memo) for k, v in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock, a file
+        return value
 
 
 def _random(parameter: Optional[nn.Parameter]) -> Optional[nn.Parameter]:
     if parameter is None:
         return None
-    values = torch.randn(parameter.shape, dtype=torch.float64)
+    values = torch.randn(parameter.shape, dtype=torch.float32).double()
     return nn.Parameter(values * (values[0].numel() if values.dim() else 1) ** -0.5)
 
 

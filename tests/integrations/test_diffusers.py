@@ -97,7 +97,8 @@ def test_resnet_block(name):
 def test_other_activations_are_left_and_reported(name):
     block = ResnetBlock2D(in_channels=32, groups=8, temb_channels=None, non_linearity=name)
     patched = ldm_fused.patch(block)
-    assert not patched.replaced and "its activation is" in patched.skipped[0][2] and not ldm_fused.is_patched(block)
+    assert "its activation is" in patched.skipped[0][2]
+    assert [name for name, _, _ in patched.replaced] == ["norm1", "norm2"]  # by themselves
     with pytest.raises(ldm_fused.UnsupportedBlock, match="its activation is"):
         ldm_fused.patch(block, strict=True)
 
@@ -164,7 +165,8 @@ def test_a_hooked_ada_group_norm_falls_back(name):
 def test_spatial_norms_are_left():
     block = ResnetBlockCondNorm2D(in_channels=32, temb_channels=24, groups=8, time_embedding_norm="spatial")
     found = ldm_fused.patch(block)
-    assert [why for _, _, why in found.skipped] == ["its norm is SpatialNorm"] and not found.replaced
+    assert [why for _, _, why in found.skipped] == ["its norm is SpatialNorm"]
+    assert [name for name, _, _ in found.replaced] == ["norm1.norm_layer", "norm2.norm_layer"]
 
 
 @pytest.mark.parametrize("options", [dict(), dict(out_channels=64), dict(temb_channels=None)], ids=str)

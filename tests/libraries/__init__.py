@@ -6,6 +6,7 @@ Their files are loaded under the names that the libraries' own have, which is wh
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 FILES = {
     "ldm.modules.diffusionmodules.model": "ldm_model.py",
@@ -22,6 +23,7 @@ FILES = {
     "flux.modules.autoencoder": "flux_autoencoder.py",
     "comfy.ops": "comfy_ops.py",
     "comfy.ldm.modules.diffusionmodules.model": "comfy_model.py",
+    "somebodys.ddpm": "ddpm_blocks.py",
     "somebodys.copy": "ldm_model.py",  # a private copy of the LDM model file
     "somebodys.flux": "flux_autoencoder.py",
 }
@@ -32,6 +34,11 @@ def load(name, monkeypatch):
     file = Path(__file__).parent / FILES[name]
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
+    parts = name.split(".")
+    for i in range(1, len(parts)):  # pickle imports packages, too
+        package = ".".join(parts[:i])
+        if package not in sys.modules:
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module

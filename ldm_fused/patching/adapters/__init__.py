@@ -7,12 +7,12 @@ from typing import Dict
 
 from ... import pristine
 from ..adapter import Adapter, imported
-from . import comfy, diffusers, edm, flux, ldm, monai, openai, plain
+from . import comfy, diffusers, edm, ldm, monai, openai, plain
 
 CLASSES: Dict[str, Adapter] = {}
 NORMS: Dict[str, pristine.Norm] = {}
 ACTIVATIONS = []
-for _library in (plain, ldm, openai, diffusers, edm, monai, flux, comfy):
+for _library in (plain, ldm, openai, diffusers, edm, monai, comfy):
     CLASSES.update(getattr(_library, "CLASSES", {}))
     NORMS.update(getattr(_library, "NORMS", {}))
     ACTIVATIONS.extend(getattr(_library, "ACTIVATIONS", ()))

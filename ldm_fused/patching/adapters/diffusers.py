@@ -62,7 +62,7 @@ class ResnetBlockCondNorm2D(Block):
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         for norm in (block.norm1, block.norm2):
-            if pristine.known_norm(type(norm)) is None:
+            if pristine.known_norm(norm) is None:
                 return f"its norm is {type(norm).__name__}"
             if norm.act is not None and not isinstance(norm.act, nn.Module):
                 return f"its norm's activation is {norm.act}"
@@ -86,7 +86,7 @@ class ResnetBlockCondNorm2D(Block):
 
 def _modulation(norm: nn.Module, temb: Tensor):
     called = functools.partial(norm, emb=temb)
-    if pristine.known_norm(type(norm)) is None or pristine.why_not(norm, type(norm)) is not None:
+    if pristine.known_norm(norm) is None or pristine.why_not(norm, type(norm)) is not None:
         return dict(called=called)  # scale and shift would be computed for nothing
     scale, shift = norm.linear(norm.act(temb) if norm.act is not None else temb).chunk(2, dim=1)
     return dict(scale=scale, shift=shift, called=called)
@@ -109,19 +109,6 @@ class TemporalResnetBlock(Block):
         else:
             temb = block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)[..., None, None]
         return resnet(block, input_tensor, **self.parts_of(block), temb=temb)
-
-
-class HunyuanVideoBlock(Block):
-    """The video autoencoder's, with causal convolutions."""
-
-    def variant(self, block: nn.Module):
-        return block.conv_shortcut is None
-
-    def example(self, block: nn.Module):
-        return (torch.randn(2, channels(block.norm1), 3, 4, 2, dtype=torch.float64),)
-
-    def forward(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
-        return resnet(block, hidden_states.contiguous(), **self.parts_of(block))
 
 
 class CogVideoXBlock(Block):
@@ -177,7 +164,6 @@ CLASSES = {
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
     "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
-    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D": HunyuanVideoBlock(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXEncoder3D": Parent("norm_out", "conv_act"),
     **{f"diffusers.models.{file}.{name}": Parent("conv_norm_out", "conv_act")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional, pristine
+from ...route import decided
 from .. import site
 from ..adapter import Adapter
 from ..resnet import resnet
@@ -17,8 +18,8 @@ class UNetBlock(Adapter):
         return ("norm0", "norm1", "norm2") if block.num_heads else ("norm0", "norm1")
 
     def why_not(self, block: nn.Module) -> Optional[str]:
-        norms = {type(getattr(block, name)) for name in self.sites(block)}
-        unknown = [cls.__name__ for cls in norms if pristine.known_norm(cls) is None]
+        norms = [getattr(block, name) for name in self.sites(block)]
+        unknown = [type(norm).__name__ for norm in norms if pristine.known_norm(norm) is None]
         return f"its norm is {unknown[0]}" if unknown else None
 
     def variant(self, block: nn.Module):
@@ -41,7 +42,7 @@ class UNetBlock(Adapter):
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
         norm, count = block.norm2, site.sites(block)[2].count
-        reason = pristine.why_not_norm(norm, x)
+        reason = decided(pristine.why_not_norm, norm, x)
         count(x, reason)
         if reason is None:
             h = functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)

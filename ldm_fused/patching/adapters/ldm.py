@@ -1,19 +1,21 @@
-"""CompVis latent-diffusion and stable-diffusion, taming-transformers, generative-models, and copies of their file."""
+"""Our own blocks, and the end of an autoencoder: norm, swish by a function, convolution. Other blocks of CompVis'
+latent-diffusion and stable-diffusion, taming-transformers, generative-models and copies of their file are read."""
 
-import inspect
 from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ... import modules, reference
+from ... import reference
 from .. import swap
 from ..adapter import Adapter
 from ..pair import ParentOfFunction
 from ..resnet import resnet
 
 
-class ResnetBlock(Adapter):
+class FusedBlock(Adapter):
+    """By the names of its parts, and as often again as it says itself."""
+
     def sites(self, block: nn.Module) -> Sequence[str]:
         return "norm1", "norm2"
 
@@ -35,32 +37,8 @@ class ResnetBlock(Adapter):
         if shortcut is None:
             shortcut = getattr(block, "conv_shortcut", None)
         return resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2,
-                      dropout=block.dropout, shortcut=shortcut, temb=temb, recompute=self.recomputes(block))
-
-    def recomputes(self, block: nn.Module) -> bool:
-        return False
-
-
-class FusedBlock(ResnetBlock):
-    """Our own, to be counted like all others."""
-
-    def recomputes(self, block: nn.Module) -> bool:
-        return block.recompute
-
-
-class PrivateCopy(ResnetBlock):
-    """A class that nobody knows, of the block's structure."""
-
-    def why_not(self, block: nn.Module) -> Optional[str]:
-        return modules.why_not_structure(block)
-
-    def variant(self, block: nn.Module):
-        return Adapter.variant(self, block)
-
-    def example(self, block: nn.Module):
-        x, temb = super().example(block)
-        takes_temb = len(inspect.signature(type(block).forward).parameters) > 2  # with self and x
-        return (x, temb) if takes_temb else (x,)
+                      dropout=block.dropout, shortcut=shortcut, temb=temb,
+                      recompute=getattr(block, "recompute", False))
 
 
 def channels(norm: nn.Module) -> int:
@@ -68,18 +46,11 @@ def channels(norm: nn.Module) -> int:
     return getattr(norm, "num_channels", None) or next(p.shape[0] for p in norm.parameters())
 
 
-def private_copy(module: nn.Module) -> Optional[Adapter]:
-    """The adapter for a class that nobody knows and that looks like one of the LDM model file, or None. Its parts name
-    it; a trial, or its source, tells."""
-    if {"norm1", "conv1", "norm2", "dropout", "conv2"} <= set(module._modules):
-        return BLOCK
-    if "norm_out" in module._modules and END.why_not(module) is None:
-        return END
-    return None
+def end(module: nn.Module) -> Optional[Adapter]:
+    """The adapter for a module that ends in ``norm_out`` and swish, whatever its class, or None; its source tells."""
+    return END if "norm_out" in module._modules and END.why_not(module) is None else None
 
 
-BLOCK, END = PrivateCopy(), ParentOfFunction("norm_out")
-PATHS = ("ldm.modules.diffusionmodules.model", "taming.modules.diffusionmodules.model",
-         "sgm.modules.diffusionmodules.model")
-CLASSES = {**{f"{path}.ResnetBlock": ResnetBlock() for path in PATHS}, "ldm_fused.reference.ResnetBlock": ResnetBlock(),
-           "ldm_fused.modules.FusedResnetBlock": FusedBlock(), "ldm_fused.compat.ldm.ResnetBlock": FusedBlock()}
+BLOCK, END = FusedBlock(), ParentOfFunction("norm_out")
+CLASSES = {"ldm_fused.reference.ResnetBlock": BLOCK, "ldm_fused.modules.FusedResnetBlock": BLOCK,
+           "ldm_fused.compat.ldm.ResnetBlock": BLOCK}

@@ -1,4 +1,4 @@
-"""MONAI: the autoencoder's and the diffusion UNet's blocks, in 1, 2 and 3 dimensions."""
+"""MONAI: the diffusion UNet's blocks, in 2 and 3 dimensions. The autoencoder's are read."""
 
 from typing import Optional, Sequence
 
@@ -8,23 +8,6 @@ from torch import Tensor, nn
 from .. import swap
 from ..adapter import Adapter
 from ..resnet import resnet
-from .ldm import channels
-
-
-class AEKLResBlock(Adapter):
-    def sites(self, block: nn.Module) -> Sequence[str]:
-        return "norm1", "norm2"
-
-    def variant(self, block: nn.Module):
-        return type(block.nin_shortcut), block.conv1.conv.weight.dim()
-
-    def example(self, block: nn.Module):
-        sizes = (5, 4, 3)[:block.conv1.conv.weight.dim() - 2]
-        return (torch.randn(2, channels(block.norm1), *sizes, dtype=torch.float64),)
-
-    def forward(self, block: nn.Module, x: Tensor) -> Tensor:
-        return resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2,
-                      shortcut=block.nin_shortcut)
 
 
 class DiffusionUNetResnetBlock(Adapter):
@@ -52,5 +35,4 @@ class DiffusionUNetResnetBlock(Adapter):
                       resample=resample, temb=block.time_emb_proj(block.nonlinearity(emb)))
 
 
-CLASSES = {"monai.networks.nets.autoencoderkl.AEKLResBlock": AEKLResBlock(),
-           "monai.networks.nets.diffusion_model_unet.DiffusionUNetResnetBlock": DiffusionUNetResnetBlock()}
+CLASSES = {"monai.networks.nets.diffusion_model_unet.DiffusionUNetResnetBlock": DiffusionUNetResnetBlock()}

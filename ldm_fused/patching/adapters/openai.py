@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import pristine
+from ...route import decided
 from .. import site, swap
 from ..adapter import Adapter
 from ..resnet import resnet
@@ -17,7 +18,6 @@ class ResBlock(Adapter):
     ``skip_connection``. Its forward wraps ``_forward`` in the library's own checkpoint function, and stays."""
 
     method = "_forward"
-    trial_dtype = torch.float32  # that of GroupNorm32
 
     def sites(self, block: nn.Module) -> Sequence[str]:
         return "in_layers.0", "out_layers.0"
@@ -27,7 +27,7 @@ class ResBlock(Adapter):
             layers = getattr(block, name)
             if type(layers) is not nn.Sequential or len(layers) != length:
                 return f"its {name} is {type(layers).__name__} of {len(layers)} layers"
-            if pristine.known_norm(type(layers[0])) is None:
+            if pristine.known_norm(layers[0]) is None:
                 return f"its norm is {type(layers[0]).__name__}"
             if not pristine.is_activation(layers[1]):
                 return f"its activation is {type(layers[1]).__name__}"
@@ -56,7 +56,7 @@ class ResBlock(Adapter):
         return None
 
     def forward(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        reason = self.why_not_now(block) or (None if emb.dim() == 2 else "its time embedding is not (N, C)")
+        reason = decided(self.why_not_now, block) or (None if emb.dim() == 2 else "its time embedding is not (N, C)")
         if reason is not None:
             for s in site.sites(block):
                 s.count(x, reason)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ... import functional, pristine
 from ...resnet import norm_swish
-from .. import site, swap, trial
+from ...route import decided
+from .. import site, swap
 from ..adapter import Adapter
 
 
@@ -16,8 +17,6 @@ class Norm(Adapter):
 
     kind = "norm"
 
-    trial_dtype = torch.float32  # that of classes that compute in it
-
     def why_not(self, norm: nn.Module) -> Optional[str]:
         return pristine.why_not_class(type(norm))
 
@@ -25,23 +24,46 @@ class Norm(Adapter):
         return ("",)
 
     def variant(self, norm: nn.Module):
-        return norm.weight is None
+        return getattr(norm, "weight", None) is None, pristine.known_norm(norm)
 
-    def example(self, norm: nn.Module):
+    def examples(self, norm: nn.Module):
         # The op is PyTorch's GroupNorm, which has its own tests; other classes are tried.
-        return None if swap.original(type(norm)) is nn.GroupNorm else (torch.randn(2, norm.num_channels, 5, 4),)
+        if swap.original(type(norm)) is nn.GroupNorm:
+            return []
+        channels = getattr(norm, "num_channels", None) or norm.weight.shape[0]
+        return [(torch.randn(2, channels, *sizes),) for sizes in ((7,), (5, 4), (3, 4, 2))]
 
     def forward(self, norm: nn.Module, input: Tensor) -> Tensor:
-        cls = swap.original(type(norm))
-        known = pristine.known_norm(cls)
-        reason = pristine.why_not_class(cls) or pristine.why_not_beside(norm, input) or known.why_not_now(norm)
+        known = pristine.known_norm(norm, swap.original(type(norm)))
+        reason = decided(self.why_not_now, norm, known, input)
         site.sites(norm)[0].count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
+        weight, bias, activation = norm.weight, norm.bias, "silu" if known.activated else None
         if known.keeps_dtype:
-            return functional.run(functional.checked(input, norm.num_groups, norm.weight, norm.bias, norm.eps, None,
-                                                     None, None, None, None))
-        return functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)
+            return functional.run(functional.checked(input, norm.num_groups, weight, bias, norm.eps, activation, None,
+                                                     None, None, None))
+        return functional.group_norm_act(input, norm.num_groups, weight, bias, norm.eps, activation=activation)
+
+    def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
+        """The reason why it must be called, or None."""
+        reason = pristine.why_not_class(swap.original(type(norm))) or pristine.why_not_beside(norm, x)
+        if reason is None:
+            reason = "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
+        return reason
+
+
+class Left(Norm):
+    """A norm that is not known: it is called, and counted."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
+        return self.reason
+
+    def why_not(self, norm: nn.Module) -> Optional[str]:
+        return None
 
 
 class Sequential(Adapter):
@@ -52,22 +74,17 @@ class Sequential(Adapter):
     def pairs(self, sequential: nn.Sequential):
         parts = list(sequential._modules.items())
         return [a for (a, norm), (_, act) in zip(parts, parts[1:])
-                if pristine.known_norm(type(norm)) and pristine.is_activation(act)]
+                if _is_norm_without_activation(norm) and pristine.is_activation(act)]
 
     def why_not(self, sequential: nn.Sequential) -> Optional[str]:
         reason = pristine.why_not_class(nn.Sequential)
-        if reason is not None:
-            return reason
-        parts = dict(sequential._modules)
-        names = list(parts)
-        for name in self.pairs(sequential):
-            norm, act = parts[name], parts[names[names.index(name) + 1]]
-            reason = pristine.why_not_class(type(norm)) or trial.why_not(norm, Norm())
-            if reason is not None:
-                return f"its {type(norm).__name__}: {reason}"
-            if not pristine.is_swish(type(act).forward.__get__(act)):
-                return f"its {type(act).__name__} is not swish"
-        return None
+        parts = list(sequential._modules.values())
+        for norm, act in zip(parts, parts[1:]):
+            if reason is None and _is_norm_without_activation(norm) and pristine.is_activation(act):
+                reason = pristine.why_not_class(type(norm))
+                if reason is None and not pristine.is_swish(type(act).forward.__get__(act)):
+                    reason = f"its {type(act).__name__} is not swish"
+        return reason
 
     def sites(self, sequential: nn.Sequential) -> Sequence[str]:
         return self.pairs(sequential)
@@ -92,6 +109,11 @@ class Sequential(Adapter):
                 input = part(input)
                 i += 1
         return input
+
+
+def _is_norm_without_activation(norm: Optional[nn.Module]) -> bool:
+    known = None if norm is None else pristine.known_norm(norm)
+    return known is not None and not known.activated
 
 
 CLASSES = {"torch.nn.GroupNorm": Norm(), "torch.nn.Sequential": Sequential()}

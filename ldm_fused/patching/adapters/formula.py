@@ -1,0 +1,190 @@
+"""Blocks that are known by their formula: any class whose forward computes it, whatever its parts are called."""
+
+import functools
+import inspect
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ... import pristine, reference
+from ...route import decided
+from .. import formula, site, source, swap
+from ..adapter import Adapter
+from ..resnet import resnet
+from ..source import Unreadable
+from ..trace import trace
+
+Key = Tuple[bool, bool]  # in training, where that decides; and whether the second argument is a tensor
+
+
+class Formula(Adapter):
+    """What was read of a class, for instances with equal attributes."""
+
+    def __init__(self, method: str, names: Tuple[str, ...], told: Tuple[Any, ...], has_modes: bool, takes: int,
+                 default: Any, blocks: Dict[Key, formula.Block]) -> None:
+        self.method, self.names, self.told, self.has_modes = method, names, told, has_modes
+        self.takes, self.default, self.blocks = takes, default, blocks
+
+    def sites(self, block: nn.Module) -> Sequence[str]:
+        known = next(iter(self.blocks.values()))
+        return known.norm1, known.norm2
+
+    def variant(self, block: nn.Module):
+        return tuple((name, type(part), type(getattr(part, "weight", None))) for name, part in block.named_modules())
+
+    def examples(self, block: nn.Module) -> List[Tuple[Any, ...]]:
+        found = []
+        for given in sorted({key[1] for key in self.blocks}):
+            known = next(b for key, b in self.blocks.items() if key[1] == given)
+            norm = _part(block, known.norm1)
+            weight = getattr(norm, "weight", None)
+            channels = getattr(norm, "num_channels", None) or weight.shape[0]
+            x = torch.randn(2, channels, *(6, 4, 4)[:known.rank - 2], dtype=torch.float64)
+            emb = self.default
+            if given:
+                parts = [_part(block, path) for path in known.embedding if path is not None]
+                features = next(p.in_features for part in parts for p in part.modules() if hasattr(p, "in_features"))
+                emb = torch.randn(2, features, dtype=torch.float64)
+            found.append((x, emb)[:self.takes])
+        return found
+
+    def forward(self, block: nn.Module, x: Tensor, emb: Any = None) -> Tensor:
+        given = isinstance(emb, Tensor)
+        known = self.blocks.get((block.training if self.has_modes else False, given))
+        reason = decided(self.why_not_now, block, known, x, emb)
+        if reason is not None:
+            for s in site.sites(block):
+                s.count(x, reason)
+            return swap.as_before(block, *(x, emb)[:self.takes])
+        modulate = None
+        if given:
+            for path in known.embedding:
+                emb = reference.swish(emb) if path is None else _part(block, path)(emb)
+            if known.modulation is not None:
+                modulate, emb = dict(zip(known.modulation, emb.chunk(2, dim=1))), None
+        else:
+            emb = None
+        dropout = known.dropout
+        if isinstance(dropout, str):
+            dropout = _part(block, dropout)
+        elif dropout is not None:
+            dropout = functools.partial(F.dropout, p=dropout)
+        if known.contiguous:
+            x = x.contiguous()
+        return resnet(block, x, norm1=_part(block, known.norm1), act1=_part(block, known.act1),
+                      conv1=_part(block, known.conv1), norm2=_part(block, known.norm2), act2=_part(block, known.act2),
+                      conv2=_part(block, known.conv2), dropout=dropout, shortcut=_part(block, known.shortcut),
+                      resample=_part(block, known.resample), resample_x=_part(block, known.resample_x), temb=emb,
+                      cast_temb=known.cast, modulate2=modulate, divisor=1.0 / known.factor)
+
+    def why_not_now(self, block: nn.Module, known: Optional[formula.Block], x: Tensor, emb: Any) -> Optional[str]:
+        """The reason why the class's own method must run, or None."""
+        if known is None or not isinstance(emb, Tensor) and emb is not self.default and emb != self.default:
+            return "its second argument is another than was read"
+        for name, value in zip(self.names, self.told):
+            now = source.told(block, name)
+            if now is not value and now != value:
+                return f"its {name} has changed since it was read"
+        if x.dim() != known.rank or isinstance(emb, Tensor) and emb.dim() != 2:
+            return "its arguments have other dimensions than were read"
+        for path in known.containers:
+            container = _part(block, path)
+            reason = pristine.why_not(container, nn.Sequential)
+            if reason is None and any(name not in self.names_in(known, path) for name in container._modules):
+                reason = f"it has {len(container)} layers"
+            if reason is not None:
+                return f"its {path}: {reason}"
+        return None
+
+    def names_in(self, known: formula.Block, path: str) -> List[str]:
+        """Of the layers of a Sequential that have a role."""
+        roles = [value for value in (*known, *(known.embedding or ())) if isinstance(value, str)]
+        return [role[len(path) + 1:].split(".")[0] for role in roles if role.startswith(path + ".")]
+
+
+def _part(block: nn.Module, path: Optional[str]) -> Optional[nn.Module]:
+    if path is None:
+        return None
+    for name in path.split("."):
+        block = block._modules[name]
+    return block
+
+
+def looks_like_a_block(module: nn.Module) -> bool:
+    """Whether it is worth reading: two norms among its own parts and the layers of its Sequentials, and some others."""
+    if type(module).__module__.startswith("torch.") or len(module._modules) > 16:
+        return False
+    parts: List[nn.Module] = []
+    for part in module._modules.values():
+        parts += part._modules.values() if type(part) is nn.Sequential else [part]
+    norms = [part for part in parts if part is not None and _is_norm(part)]
+    return len(norms) == 2 and len(parts) >= 4
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.GroupNorm) or pristine.known_norm(module) is not None
+
+
+def read(module: nn.Module) -> Formula:
+    """The adapter of a block whose class nobody registered.
+
+    Raises:
+        Unreadable: with what is not the formula's.
+    """
+    try:
+        return _read(module, "forward")
+    except Unreadable as reason:
+        if not hasattr(type(module), "_forward"):
+            raise
+        try:
+            return _read(module, "_forward")
+        except Unreadable as inner:
+            raise Unreadable(f"{inner}; {reason}") from None
+
+
+def _read(module: nn.Module, method: str) -> Formula:
+    function = inspect.unwrap(getattr(type(module), method))
+    if not inspect.isfunction(function):
+        raise Unreadable(f"its {method} is no function of Python")
+    positional = [p for p in inspect.signature(function).parameters.values()
+                  if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    if not positional:
+        raise Unreadable(f"its {method} takes no argument")
+    takes = min(2, len(positional))
+    default = positional[1].default if takes == 2 and positional[1].default is not inspect.Parameter.empty else None
+    if any(is_lazy(p) for p in module.parameters()):
+        raise Unreadable("it has parameters without a shape yet")
+    rank = max([p.dim() for p in module.parameters()] + [3])
+    blocks: Dict[Key, formula.Block] = {}
+    names, reasons, has_modes = set(), [], False
+    before = module.training
+    try:
+        for given in (False, True)[:takes]:
+            ranks = {0: rank, 1: 2} if given else {0: rank}
+            for training in (False, True):
+                module.training = training
+                try:
+                    traced = trace(module, method, ranks)
+                    blocks[training, given] = formula.block(traced, module)
+                    if given and blocks[training, given].embedding is None:
+                        del blocks[training, given]
+                        raise Unreadable("its second argument is not used")
+                except Unreadable as reason:
+                    reasons.append(str(reason))
+                    break
+                names.update(traced.names)
+                has_modes = has_modes or traced.has_modes
+                if not traced.has_modes:
+                    break
+    finally:
+        module.training = before
+    if not blocks:
+        raise Unreadable(reasons[-1] if takes == 2 and len(reasons) == 2 and "None" in reasons[0] else reasons[0])
+    if len({(b.norm1, b.norm2) for b in blocks.values()}) > 1:
+        raise Unreadable("its norms have other roles in training")
+    ordered = tuple(sorted(names))
+    return Formula(method, ordered, tuple(source.told(module, name) for name in ordered), has_modes, takes, default,
+                   blocks)

@@ -1,0 +1,65 @@
+"""How a patched class is called: by the class's own signature, for all adapters in one place."""
+
+import inspect
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import torch.fx
+
+_MISSING = inspect.Parameter.empty
+
+
+class Call:
+    """Which arguments of a class's method an adapter's forward takes: the first ones, whatever they are called.
+
+    An argument behind those is ignored where it is its own default, and otherwise means that the class's own method
+    must run.
+    """
+
+    def __init__(self, own: Callable, served: Callable) -> None:
+        """``own`` is the class's function, with self; ``served`` the adapter's bound method, with the module."""
+        theirs = list(inspect.signature(own).parameters.values())[1:]
+        ours = list(inspect.signature(served).parameters.values())[1:]
+        positional = [p for p in theirs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ours)
+        self.count = min(len(ours), len(positional))
+        self.places = {p.name: i for i, p in enumerate(positional) if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self.defaults = tuple(p.default for p in positional)
+        self.keywords: Dict[str, Any] = {p.name: p.default for p in theirs if p.kind is p.KEYWORD_ONLY}
+        self.required = any(default is _MISSING for default in self.keywords.values())
+
+    def bind(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[Sequence[Any]]:
+        """The arguments for the adapter, or None where the class's own method must have them as they are."""
+        given = len(args)
+        if given > len(self.defaults) or self.required:
+            return None
+        values = [*args, *self.defaults[given:]]
+        for name, value in kwargs.items():
+            place = self.places.get(name, -1)
+            if place >= given:
+                values[place] = value
+            elif place >= 0 or not _same(value, self.keywords.get(name, _MISSING)):
+                return None  # given twice, or nothing that is known
+        for value in values[:self.count]:
+            if value is _MISSING:
+                return None  # the class raises
+        for value, default in zip(values[self.count:], self.defaults[self.count:]):
+            if not _same(value, default):
+                return None
+        return values[:self.count]
+
+
+def _same(value: Any, default: Any) -> bool:
+    if value is default:
+        return value is not _MISSING
+    return isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default
+
+
+def has_proxy(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
+    """Whether ``torch.fx`` traces, which reads the class's own code."""
+    for value in args:
+        if isinstance(value, torch.fx.Proxy):
+            return True
+    for value in kwargs.values():
+        if isinstance(value, torch.fx.Proxy):
+            return True
+    return False

@@ -1,0 +1,80 @@
+"""Classes of norms and activations that nobody registered: what they compute is read."""
+
+import weakref
+from typing import Any, Dict, Optional, Tuple
+
+from torch import nn
+
+from .. import pristine
+from . import formula, source, swap
+from .source import Unreadable
+from .trace import trace
+
+_SIZES = {"num_groups", "eps", "num_channels", "affine"}  # of which the op is told in each call
+
+
+class ReadNorm:
+    """What was read of a class of norms, by the attributes that decide it."""
+
+    def __init__(self, names: Tuple[str, ...]) -> None:
+        self.names = names
+        self.by: Dict[Tuple[Any, ...], Optional[pristine.Norm]] = {}
+
+    def told(self, norm: nn.Module) -> Tuple[Any, ...]:
+        return tuple(source.told(norm, name) for name in self.names)
+
+    def __call__(self, norm: nn.Module) -> Optional[pristine.Norm]:
+        return self.by.get(self.told(norm))
+
+
+def looks_like_a_norm(module: nn.Module) -> bool:
+    cls = swap.original(type(module))
+    if isinstance(module, nn.GroupNorm):
+        return cls is not nn.GroupNorm
+    return not module._modules and hasattr(module, "num_groups") and hasattr(module, "eps") and "forward" in dir(cls)
+
+
+def norm(module: nn.Module) -> Optional[str]:
+    """Reads what a norm computes; the reason why that is not known, or None."""
+    cls = type(module)
+    known = pristine._NORMS.get(cls)
+    if isinstance(known, pristine.Norm) or known is not None and known(module) is not None:
+        return None
+    if module._modules:
+        return "it has parts"
+    if cls.forward is nn.GroupNorm.forward:
+        pristine.know_norm(cls, pristine.Norm())
+        return None
+    try:
+        traced = trace(module, "forward", {0: 4})
+        if traced.has_modes:
+            return "it differs in training"
+        found = formula.norm(traced, module)
+    except Unreadable as reason:
+        return str(reason)
+    names = tuple(name for name in traced.names if name not in _SIZES)
+    if known is None:
+        known = ReadNorm(names)
+        pristine.know_norm(cls, known)
+    if known.names != names:
+        return "it branches in another way than its like"
+    known.by[known.told(module)] = found
+    return None
+
+
+def activation(module: nn.Module) -> None:
+    """Reads whether a module without parts and parameters computes swish, and remembers it of its class."""
+    cls = type(module)
+    if cls in _no_activations or pristine.is_activation(module) or module._modules or module._parameters:
+        return
+    try:
+        traced = trace(module, "forward", {0: 4})
+        if not traced.names and not traced.has_modes and formula.is_swish(traced, module):
+            pristine.know_activation(cls)
+            return
+    except Unreadable:
+        pass
+    _no_activations.add(cls)
+
+
+_no_activations: "weakref.WeakSet[type]" = weakref.WeakSet()
