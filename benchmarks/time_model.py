@@ -68,7 +68,8 @@ CHAIN = 85  # cycles: an exponential, a reciprocal and the instructions between,
 BLOCK_WAIT = 300  # to merge a block's own partial results: two barriers and ten shuffles
 BYTES_PER_CYCLE = 64  # that a multiprocessor can take from L2; all of them together reach half of it
 L2_KEEPS = 0.5  # of L2, of what was read last: an H100's halves hold copies of each other's lines
-IN_FLIGHT = 64  # bytes of plain loads that a thread waits for at once: kVectorsInFlight, kBatchOf
+IN_FLIGHT = 64  # bytes of plain loads that a thread of a streaming kernel waits for at once: kVectorsInFlight
+AGAIN_IN_FLIGHT = 128  # the same of what a grid reads again: kOfStatistics, kOfDx; half in channels_last's apply
 GPCS = 8  # a cluster's multiprocessors are of one of them
 RANKS_A_TRIP = 32  # of which write_totals() has the sums on their way at once: a lane each
 HOST = 11100  # of a call in eager mode at the least: the op's way through Python and C++, as timed on CPU tensors
@@ -210,8 +211,9 @@ def in_grid(machine, properties, plan, shape, way, kernel):
     # What is read again: by all teams at once, so much that L2 may not have it all.
     once = plan["bytes_read"] / (1 + again)
     hits = again * once * min(1, L2_KEEPS * properties["l2_bytes"] / max(1, again * once / rounds))
+    loads_of_phases = AGAIN_IN_FLIGHT, AGAIN_IN_FLIGHT // (1 + (way == "forward" and r["columns"]))
     moving = total(machine.move(plan["bytes_read"] + plan["bytes_written"] - hits), machine.from_l2(hits),
-                   machine.starve(2 * again * once, on_one * r["threads"] * IN_FLIGHT))
+                   *(machine.starve(again * once, on_one * r["threads"] * loads) for loads in loads_of_phases))
     hidden = on_one > 1 or r["slots"] >= steps + steps // 2  # as the plan has it
     exchange = {name: Terms(exchange=rounds * machine.estimates[name]) for name in ("wait", "hidden_wait")}
     totals = Terms()
