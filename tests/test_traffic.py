@@ -29,7 +29,7 @@ def test_report(capsys):
     assert traffic.main(["--suite", "seed"]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     tiers = [re.findall("block|cluster|grid|two passes", row) for row in rows if re.match(r"\d+x", row)]
-    assert tiers == [["block", "block"], ["block", "block"], ["cluster", "cluster"], ["grid", "grid"]]
+    assert tiers == [["block", "block"], ["block", "block"], ["cluster", "grid"], ["grid", "grid"]]
     number = r"(\d+\.\d+) x"
     found = re.fullmatch(f"traffic: forward worst {number}, weighted {number}; backward worst {number}, weighted "
                          rf"{number}; sector efficiency worst (\d+) %", last)
