@@ -219,28 +219,25 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   }
 
   // The totals of each channel. The blocks of a team share the channels, in runs that fill a sector; a warp adds up a
-  // run's, its lanes over the team's blocks.
+  // run's, a quarter of the team's blocks by each eight lanes.
   __device__ __forceinline__ void write_totals() const {
-    constexpr int kRun = 8;
+    constexpr int kRun = 8, kAbreast = 32 / kRun;
     float* const totals = static_cast<float*>(p.totals) + item.n * shape.channels + item.c;
     for (int first = (warp_index() * team.size + team.rank) * kRun; first < r.width;
          first += blockDim.x / 32 * team.size * kRun) {
-      GradientSums<float> run[kRun]{}, own{};
-      for (int rank = lane_index(); rank < team.size; rank += 32) {
-        const float* const from = team.channels_of(rank) + first;
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          if (first + i < r.width) run[i].merge(load_sums(from + i, r.width, p.sums));
-        }
+      const int c = first + lane_index() % kRun;
+      GradientSums<float> sum{};
+#pragma unroll 8
+      for (int rank = lane_index() / kRun; rank < team.size && c < r.width; rank += kAbreast) {
+        sum.merge(load_sums(team.channels_of(rank) + c, r.width, p.sums));
       }
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const GradientSums<float> sum{warp_sum(run[i].dz), warp_sum(run[i].dz_x), warp_sum(run[i].x)};
-        if (lane_index() == i) own = sum;
+      for (int lanes = kRun; lanes < 32; lanes *= 2) {
+        sum.dz += __shfl_xor_sync(kAllLanes, sum.dz, lanes);
+        sum.dz_x += __shfl_xor_sync(kAllLanes, sum.dz_x, lanes);
+        sum.x += __shfl_xor_sync(kAllLanes, sum.x, lanes);
       }
-      if (lane_index() < min(kRun, r.width - first)) {
-        store_sums(totals + first + lane_index(), shape.rows(), p.sums, own);
-      }
+      if (lane_index() < kRun && c < r.width) store_sums(totals + c, shape.rows(), p.sums, sum);
     }
   }
 
