@@ -201,6 +201,10 @@ def test_vectors_are_one_access(emulator, kind, offset, sectors):
     assert emulator.count_reads(0, 0, kind, offset) == (512, sectors, 512, 16, 2)
 
 
+def test_memory_that_is_given_again_is_new(emulator):
+    assert emulator.memory_given_again().tolist() == [2]
+
+
 # ---- Wrong kernels
 
 

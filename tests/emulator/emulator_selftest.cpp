@@ -277,6 +277,14 @@ __global__ void writes_past_dynamic_shared() {
   values[threadIdx.x] = 0;
 }
 
+// By way of other memory, so that each place is looked up anew.
+__global__ void writes_the_end_first(int* memory, int* out) {
+  memory[40] = 1;
+  memory[0] = 2;
+  out[0] = 3;
+  out[0] = memory[0];
+}
+
 __global__ void reads_unwritten_shared(int* out) {
   using Values = int[64];
   LDM_FUSED_SHARED(Values, values);
@@ -464,6 +472,16 @@ PYBIND11_MODULE(emulator_selftest, m) {
     Array<int> indices({g.z, g.y, g.x, b.z, b.y, b.x, 6u});
     launch(config, write_indices, out(indices));
     return indices;
+  });
+
+  // Memory that was freed and given again, and is more now.
+  m.def("memory_given_again", [] {
+    std::vector<int> memory(64, -1);
+    Array<int> result(1);
+    emulator::allow(memory.data(), 32 * sizeof(int), true);
+    emulator::allow(memory.data(), 64 * sizeof(int), true);
+    launch(Config({1}, {1}), writes_the_end_first, memory.data(), out(result));
+    return result;
   });
 
   m.def(

@@ -232,6 +232,7 @@ py::dict as_dict(const Streaming& plan) {
 PYBIND11_MODULE(library, m) {
   py::dict estimates;
   estimates["bytes_per_nanosecond"] = kBytesPerNanosecond;
+  estimates["computed_per_nanosecond"] = kComputedPerNanosecond;
   estimates["launch"] = kLaunch;
   estimates["cluster_wait"] = kClusterWait;
   estimates["wait"] = kWait;

@@ -147,6 +147,11 @@ class Machine {
 
   void allow(void* address, size_t bytes, bool fresh) {
     if (bytes == 0) return;
+    if (fresh) {  // what was allowed there before has been freed
+      const char* const begin = static_cast<const char*>(address);
+      const auto overlaps = [&](const Region& r) { return r.begin < begin + bytes && begin < r.begin + r.bytes; };
+      global_.erase(std::remove_if(global_.begin(), global_.end(), overlaps), global_.end());
+    }
 #ifdef EMULATOR_ASAN
     fresh = false;  // of what kernels write only atomics are seen
 #endif
