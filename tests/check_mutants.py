@@ -59,9 +59,9 @@ HARMLESS = [
     ("round * r.steps < r.kept; ++round", "bound + 1", "nothing of that round is kept"),
     ("(i += 32) < number", "bound + 1", "what it reads, of the block's own tables, goes unused"),
     ("i < kHeld;", "bound + 1", "no thread has so many vectors behind the steps"),
-    ("i < kHeld; i += kBatch", "bound - 1", "16 is a multiple of a batch"),
+    ("i < kHeld; i += kBatch", "bound - 1", "8 and 16 are multiples of a batch"),
     ("chunk > 0 ?", "bound - 1", "what no vector went into counts for nothing"),
-    ("r.held > 0", "bound + 1", "16 or none"),
+    ("r.held > 0", "bound + 1", "8 or 16 or none"),
     ("r.held > 0", "bound - 1", "where none is held, no vector is behind the steps"),
 ]
 

@@ -84,7 +84,9 @@ constexpr int kEnoughResidentBlocks = 2;  // a multiprocessor: one loads while t
 constexpr int kLargeSlice = 32768;        // bytes of it: above, idle multiprocessors are worth a slower exchange
 
 // Vectors of x that a thread of the forward pass keeps in registers, for x and y of those sizes.
-LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) { return x_size <= y_size ? 16 : 0; }
+LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) {
+  return x_size > y_size ? 0 : x_size == 2 ? 16 : 8;  // the accurate exponential of float32 needs registers too
+}
 
 // Bytes of shared memory beside the slots: each channel's parameters, the partial results, each group's result and what
 // the team exchanges of it and of its channels.

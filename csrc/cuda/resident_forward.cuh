@@ -9,13 +9,6 @@
 
 namespace ldm_fused {
 
-// Of the vectors that a thread averages together. Where copies are not asynchronous they need registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kAveragedBytes = 64;
-#else
-constexpr int kAveragedBytes = 128;
-#endif
-
 // Moments of kChannels channels of which a thread has seen equally much, relative to a shift that is an element of
 // each.
 template <int kChannels>
@@ -113,9 +106,10 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   using Vector = Vec<X, V>;
   using Affines = ChannelAffine<float>[Block::kChannels];
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
-  static constexpr int kBatch = kBatchOf<Vector>, kOfStatistics = kBatchOf<Vector, kAveragedBytes>;
+  static constexpr int kBatch = kBatchOf<Vector>;
   static constexpr int kHeld = kColumns && kGrid ? held_vectors(sizeof(X), sizeof(Y)) : 0;
-  using Held = Vector[kHeld > 0 ? kHeld : 1];  // the last vectors of an item, in registers
+  using Held = Vector[kHeld > 0 ? kHeld : 1];                            // the last vectors of an item, in registers
+  static constexpr int kOfStatistics = kHeld > 0 ? kBatch : 2 * kBatch;  // averaged together, if registers are left
 
   const ForwardParams& p;
   const X* const x;
