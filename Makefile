@@ -19,10 +19,12 @@ READY_INTEGRATIONS := .venv-integrations/ready-$(shell \
     echo '$(INTEGRATIONS) $(INTEGRATIONS_ALONE)' | cksum | cut -d' ' -f1)
 
 # The tree comes before any installed ldm_fused, in programs that the tests start too.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 OUT ?= build/gpu
 STAGE := correct time
+DEVICES := H200 A100 'RTX 4090' T4
 # Those that run on the emulated device that is set; the others are the same on each.
 DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload and not every_device
 
@@ -43,17 +45,17 @@ test-integrations: build $(READY_INTEGRATIONS) ## test ldm_fused.patch on diffus
 	.venv-integrations/bin/python -m pytest --confcutdir tests/integrations tests/integrations $(ARGS)
 
 devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 and T4, in the emulator
-	@for device in H200 A100 'RTX 4090' T4; do echo "== $$device"; \
+	@for device in $(DEVICES); do echo "== $$device"; \
 	    LDM_FUSED_EMULATED_DEVICE="$$device" $(PY) -m pytest -q -k '$(DEVICE_TESTS)' $(ARGS) || exit 1; done
 
 sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emulated CUDA kernels
-	$(PY) tests/sanitizers.py $(ARGS)
+	$(PY) tools/sanitizers.py $(ARGS)
 
 traffic: build ## count the bytes that the CUDA kernels move, in the emulator
-	$(PY) benchmarks/traffic.py $(ARGS)
+	$(PY) tools/traffic.py $(ARGS)
 
 predict: build ## predict times on GPUs that are not at hand, from bytes, instructions and waits; writes them down
-	$(PY) benchmarks/time_model.py --write $(ARGS)
+	$(PY) tools/time_model.py --write $(ARGS)
 
 bench: build ## build, then run the benchmark
 	$(PY) benchmarks/bench_fused.py $(ARGS)
@@ -62,16 +64,16 @@ bench: build ## build, then run the benchmark
 sass: toolkit ## compile the CUDA kernels for every architecture; check spills, widths and instructions
 ifndef PYTHON
 	@PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin:$$(echo .venv/lib/python*/site-packages/nvidia/cu*/bin)"; \
-	command -v nvdisasm >/dev/null || $(PY) -m pip install nvidia-cuda-nvdisasm
+	command -v nvdisasm >/dev/null || $(PY) -m pip install -q nvidia-cuda-nvdisasm
 endif
-	$(PY) tests/check_sass.py $(ARGS)
+	$(PY) tools/check_sass.py $(ARGS)
 
 mutants: build ## make one mistake at a time in the CUDA kernels, and show that the tests catch it
-	$(PY) tests/check_mutants.py
+	$(PY) tools/check_mutants.py
 
 gpu: toolkit ## on a GPU machine STAGE=correct or STAGE=time, of 4 minutes each; both without it; results go to OUT
 	@status=0; for stage in $(STAGE); do \
-	    $(PY) benchmarks/gpu.py $$stage --out '$(OUT)'/$$stage $(ARGS) || status=1; done; exit $$status
+	    $(PY) tools/gpu.py $$stage --out '$(OUT)'/$$stage $(ARGS) || status=1; done; exit $$status
 
 check-all: ## what .ci/run checks, and all the repetitions that it leaves out
 	.ci/run all
@@ -81,7 +83,7 @@ check-all: ## what .ci/run checks, and all the repetitions that it leaves out
 build: toolkit ## compile ldm_fused/_C.abi3.so
 	@archs=$${TORCH_CUDA_ARCH_LIST:-$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
 	    | awk '/^[0-9.]+$$/ && $$1 >= 7.5' | sort -u | paste -sd';' -)}; \
-	TORCH_CUDA_ARCH_LIST="$$archs" $(PY) setup.py build_ext --inplace --force
+	TORCH_CUDA_ARCH_LIST="$$archs" tools/quietly build $(PY) setup.py build_ext --inplace --force
 
 # A machine with a GPU needs no CUDA toolkit of its own: .venv takes the compiler of torch's CUDA version.
 toolkit: $(READY)
@@ -94,8 +96,8 @@ else
 	! ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc >/dev/null 2>&1 || exit 0; \
 	cuda=$$($(PY) -c 'import torch; print(torch.version.cuda or "")') || exit 1; \
 	if [ -n "$$cuda" ] && ! FORCE_CUDA=1 $(PY) setup.py --name >/dev/null 2>&1; then \
-	    echo "No CUDA toolkit for torch's CUDA $$cuda was found: installing its compiler into .venv."; \
-	    $(PY) -m pip install "cuda-toolkit[nvcc,cccl]==$$cuda.*"; \
+	    tools/quietly "compiler of torch's CUDA $$cuda into .venv, for there is no toolkit" \
+	        $(PY) -m pip install -q "cuda-toolkit[nvcc,cccl]==$$cuda.*"; \
 	fi
 endif
 
@@ -104,14 +106,14 @@ endif
 	    { echo "ldm_fused needs Python 3.10 or later, and python3 is not: name one with PYTHON=/path/python."; exit 1; }
 	@python3 -c 'import ensurepip, venv' 2>/dev/null || \
 	    { echo "python3 cannot make virtual environments: install its venv module (Debian: python3-venv)."; exit 1; }
-	python3 -m venv .venv
-	.venv/bin/python -m pip install $(PACKAGES)
+	@python3 -m venv .venv
+	@tools/quietly 'PyTorch and tools into .venv' .venv/bin/python -m pip install -q $(PACKAGES)
 	@touch $@
 
 .venv-integrations/ready-%:
-	python3 -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install $(INTEGRATIONS)
-	.venv-integrations/bin/python -m pip install --no-deps $(INTEGRATIONS_ALONE)
+	@python3 -m venv .venv-integrations
+	@tools/quietly 'libraries into .venv-integrations' .venv-integrations/bin/python -m pip install -q $(INTEGRATIONS)
+	@.venv-integrations/bin/python -m pip install -q --no-deps $(INTEGRATIONS_ALONE)
 	@touch $@
 
 clean: ## remove what was built (.venv and .venv-integrations stay)

@@ -196,7 +196,7 @@ def summary(rows: List[Row], args) -> str:
         report.suite_totals(rows, suites, args.providers),
         report.notes(rows),
         left_out if len(rows) < total else "",
-        report.held_to(rows, args.providers, torch.get_num_threads()),
+        report.in_short(rows, args.providers),
     ]
     return "\n" + "\n\n".join(filter(None, parts))
 

@@ -15,7 +15,6 @@ from benchmarks.autoencoder import AutoencoderKL
 from benchmarks.providers import MEMORY_FORMATS, OTHERS, PROVIDERS, Contender, compiled, randomize_norms
 from benchmarks.report import Cell, Progress, aligned, scaled, times
 
-
 TITLES = {
     "ldm": "LDM kl-f8 autoencoder, encode and decode",
     "ldm-decoder": "LDM kl-f8 autoencoder, decode",

@@ -19,7 +19,6 @@ LARGE_CPU_TENSOR = 30e6
 
 # What the CPU kernels are held to, in the geometric mean over the op's cases: how many times as fast as eager, and as
 # the faster of the peers at each case. Large tensors are exempt, as no kernel can win back the time of page faults.
-WANTED = {"forward": (2.5, 2), "training": (2.5, 2)}
 PEERS = ("F.silu", "compile")
 
 
@@ -317,36 +316,29 @@ def notes(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-# ---- what the CPU kernels are held to
+# ---- in short
 
 
-def held_to(rows: Sequence[Row], names: Sequence[str], threads: int) -> str:
-    """The op's means on a CPU beside those wanted, all layouts and dtypes together; large tensors on further lines."""
-    rows = [r for r in rows if (r.level, r.device) == ("op", "cpu") and "ours" in names and r.seconds("ours")]
-    held, exempt = (
-        list(filter(None, (ratios([r for r in rows if (r.mode, r.large) == (mode, large)], names) for mode in WANTED)))
-        for large in (False, True)
-    )
-    if not held and not exempt:
-        return ""
-    where = f"on {threads} thread{'s' * (threads != 1)}"
-    head = f"Held to, {where}, tensors up to 30 MB:" if held else f"Held to nothing, {where}:"
-    return "\n".join([head, *(f"  {line}" for line in held + exempt)])
+def in_short(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """What a user wants to know, a line each: the op forward, the op with its backward pass, the block. Large tensors on
+    a CPU are left out."""
+    rows = [r for r in rows if "ours" in names and r.seconds("ours") and not r.large]
+    kinds = {"the op, forward": ("op", ["forward"]), "the op, forward and backward": ("op", ["training"]),
+             "the op, backward": ("op", ["backward"]), "the block": ("block", list(PASSES))}
+    groups = {title: [r for r in rows if r.level == level and r.mode in modes]
+              for title, (level, modes) in kinds.items()}
+    lines = [f"  {title}: {against}" for title, group in groups.items() if (against := ratios(group, names))]
+    return "\n".join(["In short, ours is, in the geometric mean:", *lines[:3]]) if lines else ""
 
 
 def ratios(group: Sequence[Row], names: Sequence[str]) -> str:
-    """The line of one mode and size: ours against eager and the faster peer. Only what is held has a slowest case."""
-    if not group:
-        return ""
-    mode, large = group[0].mode, group[0].large
+    """How many times as fast ours is as eager and as the faster peer, and where it gains least."""
     eager, peers = ([n for n in some if n in names] for some in (("eager",), PEERS))
-    wanted = (None, None) if large else WANTED[mode]
-    found = [mean_over_fastest(group, eager, wanted[0]), mean_over_fastest(group, peers, wanted[1])]
+    found = [mean_over_fastest(group, eager), mean_over_fastest(group, peers)]
     if not any(found):
         return ""
-    title = f"{mode}, over 30 MB, where page faults rule" if large else mode
-    line = f"{title}, {len(group)} case{'s' * (len(group) != 1)}: {', '.join(filter(None, found))}"
-    return "; ".join(filter(None, [line, "" if large else slowest(group, peers)]))
+    cases = f"{len(group)} case{'s' * (len(group) != 1)}"
+    return "; ".join(filter(None, [f"{', '.join(filter(None, found))} ({cases})", slowest(group, peers)]))
 
 
 def over_fastest(row: Row, baselines: Sequence[str]) -> Optional[float]:
@@ -354,14 +346,14 @@ def over_fastest(row: Row, baselines: Sequence[str]) -> Optional[float]:
     return min(filter(None, (row.speedup(name) for name in baselines)), default=None)
 
 
-def mean_over_fastest(group: Sequence[Row], baselines: Sequence[str], wanted: Optional[float]) -> str:
+def mean_over_fastest(group: Sequence[Row], baselines: Sequence[str]) -> str:
     """The geometric mean of that, with the names of the baselines that were timed, or nothing where none was."""
     timed = [name for name in baselines if any(row.seconds(name) for row in group)]
     if not timed:
         return ""
     mean = geometric_mean(filter(None, (over_fastest(row, timed) for row in group)))
     named = f"the best of {' and '.join(timed)}" if len(timed) > 1 else timed[0]
-    return f"{times(mean)} {named}" + (f" ({wanted:g} wanted)" if wanted else "")
+    return f"{times(mean)} as fast as {named}"
 
 
 def slowest(group: Sequence[Row], peers: Sequence[str]) -> str:
@@ -371,7 +363,7 @@ def slowest(group: Sequence[Row], peers: Sequence[str]) -> str:
         return ""
     row = min(compared, key=lambda row: over_fastest(row, peers))
     case = f"{row.workload.shape_text} {row.layout} {row.dtype}"
-    return f"slowest against it {times(over_fastest(row, peers))} at {case}"
+    return f"least: {times(over_fastest(row, peers))} at {case}"
 
 
 # ---- files
@@ -428,8 +420,13 @@ def replacing(path: str):
 def write_json(path: str, environment: Dict[str, object], results: List[Dict[str, object]], chosen: int) -> None:
     """`chosen`: how many cases there would be without a limit of time."""
     with replacing(path) as file:
-        json.dump({"environment": environment, "chosen": chosen, "results": results}, file, indent=1)
-        file.write("\n")
+        file.write(json_rows({"environment": environment, "chosen": chosen}, "results", results))
+
+
+def json_rows(head: Dict[str, object], name: str, rows: Sequence[object]) -> str:
+    """A JSON object, of which the entry `name` is a list with a row a line: files stay short, and diffs are by rows."""
+    lines = ",\n".join(" " + json.dumps(row) for row in rows)
+    return f'{json.dumps(head)[:-1]}, "{name}": [\n{lines}\n]}}\n'
 
 
 def write_csv(path: str, environment: Dict[str, object], results: List[Dict[str, object]]) -> None:

@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import warnings
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ _ACTIVATIONS = {"silu": True, "swish": True, None: False}
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.HAS_CUDA else {"cpu", "meta"})
 # Dropout's kernels decide by 16 bits an element: probabilities nearer to 0 or 1 than this would be met too coarsely.
 _LEAST_DROPOUT = 2.0**-8
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _warned = set()  # device types
 
 
@@ -70,7 +71,7 @@ def group_norm_act(
         activation: "silu", its other name "swish", or None.
         pre_bias: (C,) or (N, C), added to x before the statistics: a convolution's bias, a time embedding.
         scale, shift: (N, C), adaptive GroupNorm; either may stand alone.
-            ``pre_bias``, ``scale`` and ``shift`` are each in x's dtype or float32.
+            ``pre_bias``, ``scale`` and ``shift`` are each in x's dtype, or float32 with a 16-bit x.
         dropout_p: probability of zeroing an element after the activation, by a mask drawn at each call, as
             ``F.dropout(training=True)`` does. From 2^-8 to 1 - 2^-8 it is met to 2^-17, and the mask is a function of
             a seed drawn from x's device's generator (``torch.manual_seed`` repeats it, with another mask than
@@ -95,8 +96,47 @@ def group_norm_act(
         weight, bias = _castable(weight, x), _castable(bias, x)
     if (pre_bias is not None or scale is not None or shift is not None) and is_autocast(x):
         pre_bias, scale, shift = _castable(pre_bias, x), _castable(scale, x), _castable(shift, x)
+    return group_norm_act_as(out_dtype, x, num_groups, weight, bias, eps, activation=activation, pre_bias=pre_bias,
+                             scale=scale, shift=shift, dropout_p=dropout_p)
+
+
+def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, bias, eps, *, activation="silu",
+                      pre_bias=None, scale=None, shift=None, dropout_p=0.0) -> Tensor:
+    """:func:`group_norm_act` that stores in ``out_dtype``, or None for x's, whatever autocast would do."""
     a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
-    return run_with_dropout(a, dropout_p)
+    if dropout_p == 0.0:
+        return route(ops.GROUP_NORM_ACT, a)
+    p = _number(dropout_p, "dropout_p")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
+    if not has_kernels(x) or ops.in_transform() or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT:
+        return F.dropout(route(ops.GROUP_NORM_ACT, a), p)
+    seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    return route(ops.GROUP_NORM_ACT, a._replace(dropout_seed=seed, dropout_p=p))
+
+
+def group_norm_act_and_shortcut(out_dtype: Optional[torch.dtype], x, num_groups, weight, bias, eps, *, pre_bias=None,
+                                scale=None, shift=None) -> Tuple[Tensor, Tensor]:
+    """:func:`group_norm_act_as`, and x for a shortcut: in eager mode the shortcut's gradient is added to dx in the same
+    kernel."""
+    a = checked(x, num_groups, weight, bias, eps, "silu", pre_bias, scale, shift, out_dtype)
+    if x.requires_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return route(ops.GROUP_NORM_ACT_AND_SHORTCUT, a)
+    return route(ops.GROUP_NORM_ACT, a), x
+
+
+def route(op: ops.Op, a):
+    """The op on checked arguments, by the cheapest way that is right where it is called."""
+    if not has_kernels(a.x):
+        _warn_without_kernels(a.x.device)
+        return op.composed(a)
+    if ops.in_transform():
+        return op.composed(a)
+    if torch.compiler.is_compiling():
+        return op.registered(*a)
+    if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
+        return op.autograd.apply(*a)
+    return ops.below_autograd(op.registered, *a)
 
 
 def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
@@ -105,19 +145,22 @@ def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]
     The checks of :func:`checked` cost half as much as a small GroupNorm. So here the op itself refuses whatever they
     would, and they are made only then, to say what is wrong.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not (x.is_cpu or _is_plain_cuda(x)):
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (x.is_cpu or _is_plain_cuda(x)):
         return None
     if type(num_groups) is not int or type(eps) is not float or activation not in _ACTIVATIONS:
         return None
-    if ops.in_transform() or torch.jit.is_tracing():
+    if weight is not None and type(weight) not in _PLAIN or bias is not None and type(bias) not in _PLAIN:
+        return None
+    if ops.in_transform() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight is not None and weight.requires_grad
+                                    or bias is not None and bias.requires_grad):
         return None
     try:
-        if torch.is_grad_enabled() and (x.requires_grad or weight is not None and weight.requires_grad
-                                        or bias is not None and bias.requires_grad):
-            return None
         return ops.group_norm_act_inference(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation])
-    except Exception:
-        return None
+    except RuntimeError:
+        checked(x, num_groups, weight, bias, eps, activation, None, None, None, None)
+        raise
 
 
 def _is_plain_cuda(x: Tensor) -> bool:
@@ -130,42 +173,6 @@ def has_kernels(x: Tensor) -> bool:
     """Whether the ops have kernels where x lives; else they are composed of PyTorch ops."""
     kind = x.device.type
     return kind in _KERNEL_DEVICES and (kind != "cuda" or ops.has_cuda_code(x.get_device()))
-
-
-def run(a: ops.Arguments) -> Tensor:
-    """The op on checked arguments, by the cheapest route that is right where it is called."""
-    if not has_kernels(a.x):
-        _warn_without_kernels(a.x.device)
-        return ops.composed(a)
-    if ops.in_transform():
-        return ops.composed(a)
-    if torch.compiler.is_compiling():
-        return ops.group_norm_act(*a)[0]
-    if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
-        return ops.GroupNormAct.apply(*a)
-    return ops.below_autograd(ops.group_norm_act, *a)[0]
-
-
-def run_with_dropout(a: ops.Arguments, p: float) -> Tensor:
-    """:func:`run`, and dropout with probability ``p``: in the op where there is a kernel for it, else behind it."""
-    if p == 0.0:
-        return run(a)
-    p = _number(p, "dropout_p")
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
-    if not has_kernels(a.x) or ops.in_transform() or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT:
-        return F.dropout(run(a), p)
-    seed = torch.randint(2**63 - 1, (1,), device=a.x.device)
-    return run(a._replace(dropout_seed=seed, dropout_p=p))
-
-
-def run_and_shortcut(a: ops.Arguments):
-    """:func:`run`, and x for whoever else reads it: in eager mode what reaches x from there costs no pass of its own."""
-    differentiable = torch.is_grad_enabled() and a.x.requires_grad
-    if differentiable and has_kernels(a.x) and not (
-            ops.in_transform() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        return ops.GroupNormActAndShortcut.apply(*a)
-    return run(a), a.x
 
 
 def bias_add_residual(
@@ -207,16 +214,7 @@ def bias_add_residual(
     if residual_bias is not None:
         _check_parameter(residual_bias, "residual_bias", residual.dtype, x.device, channels, None)
     a = ops.ResidualArguments(x, residual, bias, residual_bias, _number(scale, "scale"))
-    if not has_kernels(x):
-        _warn_without_kernels(x.device)
-        return ops.composed_residual(a)
-    if x.dtype != residual.dtype or ops.in_transform():
-        return ops.composed_residual(a)
-    if torch.compiler.is_compiling():
-        return ops.bias_add_residual(*a)
-    if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():
-        return ops.BiasAddResidual.apply(*a)
-    return ops.below_autograd(ops.bias_add_residual, *a)
+    return ops.composed_residual(a) if x.dtype != residual.dtype else route(ops.BIAS_ADD_RESIDUAL, a)
 
 
 def is_autocast(x) -> bool:

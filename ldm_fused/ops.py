@@ -7,7 +7,7 @@ users come through.
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
 def backward(ctx, dy: Tensor, needs: Sequence[bool], dx_shortcut: Optional[Tensor] = None):
     """A gradient for each argument of the op; ``needs`` says which, for :attr:`Arguments.tensors`.
 
-    ``dx_shortcut``, what reaches x by another way, is added to the first.
+    ``dx_shortcut``, the shortcut's gradient, is added to the first.
     """
     x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = ctx.saved_tensors
     num_groups, eps, silu, out_dtype, dropout_p = ctx.constants
@@ -224,6 +224,12 @@ def _needs(ctx):
     return grads[0], grads[2], grads[3], grads[6], grads[7], grads[8]
 
 
+def below_autograd(op, *arguments):
+    """An op without its autograd formula."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 class GroupNormAct(torch.autograd.Function):
     """The op for eager mode, around the kernels: a third of the dispatch cost of the registered autograd formula."""
 
@@ -239,8 +245,8 @@ class GroupNormAct(torch.autograd.Function):
 
 
 class GroupNormActAndShortcut(torch.autograd.Function):
-    """The op in eager mode, and x itself for whoever else reads it. What reaches x from there is added to dx in the same
-    kernel, where autograd would read both and write the sum."""
+    """The op in eager mode, and x itself for a shortcut, whose gradient is added to dx in the same kernel. Autograd would
+    read both and write the sum."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -256,10 +262,17 @@ class GroupNormActAndShortcut(torch.autograd.Function):
         return backward(ctx, dy, _needs(ctx), dx_shortcut)
 
 
-def below_autograd(op, *arguments):
-    """An op without its autograd formula."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+class Op(NamedTuple):
+    """The ways to one result: from PyTorch ops, of checked arguments; by the registered op; in eager mode."""
+
+    composed: Callable
+    registered: Callable
+    autograd: type
+
+
+GROUP_NORM_ACT = Op(composed, lambda *a: group_norm_act(*a)[0], GroupNormAct)
+GROUP_NORM_ACT_AND_SHORTCUT = Op(lambda a: (composed(a), a.x), lambda *a: (group_norm_act(*a)[0], a[0]),
+                                 GroupNormActAndShortcut)
 
 
 def _setup_context(ctx, inputs, output):
@@ -306,6 +319,8 @@ class BiasAddResidual(torch.autograd.Function):
 
     backward = staticmethod(_residual_backward)
 
+
+BIAS_ADD_RESIDUAL = Op(composed_residual, bias_add_residual, BiasAddResidual)
 
 torch.library.register_autograd("ldm_fused::bias_add_residual", _residual_backward, setup_context=_residual_setup)
 

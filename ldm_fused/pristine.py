@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from . import functional
+
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Conv1d)
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
@@ -163,7 +165,7 @@ def why_not_beside(norm: nn.Module, x: Tensor) -> Optional[str]:
     weight = getattr(norm, "weight", None)
     if weight is None:
         return None
-    if weight.dtype not in (x.dtype, torch.float32):
+    if not functional.takes_beside(weight.dtype, x.dtype):
         return f"its weight is {weight.dtype} and the input {x.dtype}"
     if weight.device != x.device:
         return f"its weight is on {weight.device} and the input on {x.device}"

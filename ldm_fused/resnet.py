@@ -161,12 +161,11 @@ def norm_swish(
     dtype that a plain convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or
     None.
     """
-    odd = pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2])
-    if odd or decided(_why_not_norm_swish, norm, x, scale, shift, act) is not None:
-        x, conv_bias = with_bias(x, conv_bias), None
-        if pre_bias is not None:  # promoted or broadcast, as PyTorch does it
-            x, pre_bias = x + reference.per_channel(pre_bias, x), None
+    if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):
+        x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None  # promoted or broadcast, as PyTorch does it
     reason = decided(_why_not_norm_swish, norm, x, scale, shift, act)
+    if reason is not None:
+        x = _with_biases(x, conv_bias, pre_bias)
     count(x, reason)
     if reason is not None:
         h = norm(x) if called is None else called(x)
@@ -187,10 +186,16 @@ def norm_swish(
     if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
         return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
                                          shift=shift, dropout_p=dropout_p), x
-    arguments = functional.checked(x, norm.num_groups, weight, bias, norm.eps, "silu", pre_bias, scale, shift, dtype)
     if shortcut:
-        return functional.run_and_shortcut(arguments)
-    return functional.run_with_dropout(arguments, dropout_p), x
+        return functional.group_norm_act_and_shortcut(dtype, x, norm.num_groups, weight, bias, norm.eps,
+                                                      pre_bias=pre_bias, scale=scale, shift=shift)
+    return functional.group_norm_act_as(dtype, x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias,
+                                        scale=scale, shift=shift, dropout_p=dropout_p), x
+
+
+def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tensor]) -> Tensor:
+    x = with_bias(x, conv_bias)
+    return x if pre_bias is None else x + reference.per_channel(pre_bias, x)
 
 
 def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
@@ -202,7 +207,7 @@ def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Option
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):
-        if t is not None and (t.shape != x.shape[:2] or t.dtype not in (x.dtype, torch.float32)):
+        if t is not None and (t.shape != x.shape[:2] or not functional.takes_beside(t.dtype, x.dtype)):
             return f"its {name} is {t.dtype} {list(t.shape)} and the input {x.dtype} {list(x.shape)}"
     return None
 

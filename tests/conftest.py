@@ -1,5 +1,7 @@
 """The devices that tests run on: the CPU, CUDA where there is one, and for the kernels the emulator; fixtures of patch."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import emulated
@@ -10,6 +12,8 @@ import torch
 import ldm_fused
 from ldm_fused import resnet
 from ldm_fused.patching import adapter
+
+sys.path.append(str(Path(__file__).parents[1]))  # tests of tools and benchmarks import these
 
 collect_ignore = ["integrations"]  # `make test-integrations` has the libraries that they need
 

@@ -122,7 +122,7 @@ def losses(tmp_path, processes, *options):
     """What the training example prints, by step."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     sizes = "--steps 3 --batch 4 --resolution 16 --channels 32".split()
-    run = subprocess.run([*torchrun, str(ROOT / "benchmarks/train_data_parallel.py"), *sizes, *options],
+    run = subprocess.run([*torchrun, str(ROOT / "examples/train_data_parallel.py"), *sizes, *options],
                          env={**environment(), "CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step ")]

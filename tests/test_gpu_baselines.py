@@ -10,7 +10,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
 
 from benchmarks import measure, providers, workloads  # noqa: E402
 from benchmarks.workloads import Workload  # noqa: E402

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_within_bound, make_case
-from small_cases import run
 from test_dropout import factors
 from test_kernels import DTYPES  # of x and of y
 
 import ldm_fused
+from tools.small_cases import run
 
 NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
 

@@ -213,9 +213,9 @@ def test_what_a_backward_pass_computes_again_is_counted_once():
 
 
 def test_dropout_goes_into_the_second_norm(monkeypatch):
-    block, calls, run = reference.ResnetBlock(in_channels=32, dropout=0.4), [], functional.run
+    block, calls, route = reference.ResnetBlock(in_channels=32, dropout=0.4), [], functional.route
     ldm_fused.patch(block)
-    monkeypatch.setattr(functional, "run", lambda a: calls.append(a) or run(a))
+    monkeypatch.setattr(functional, "route", lambda op, a: calls.append(a) or route(op, a))
     x = torch.randn(2, 32, 8, 6)
     first, second = block(x), block(x)
     assert not torch.equal(first, second) and [a.dropout_p for a in calls] == [0.0, 0.4] * 2

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import pickle
-from types import SimpleNamespace
+import re
 
 import conftest
 import pytest
@@ -63,10 +63,8 @@ def results(block, x, temb, dy):
 def fused_calls(monkeypatch):
     """Counts the calls of the fused op."""
     calls = []
-    run, autograd = functional.run, ops.GroupNormActAndShortcut
-    monkeypatch.setattr(functional, "run", lambda a: calls.append(a) or run(a))
-    monkeypatch.setattr(ops, "GroupNormActAndShortcut", SimpleNamespace(
-        apply=lambda *a: calls.append(ops.Arguments(*a)) or autograd.apply(*a)))
+    norms, route = (ops.GROUP_NORM_ACT, ops.GROUP_NORM_ACT_AND_SHORTCUT), functional.route
+    monkeypatch.setattr(functional, "route", lambda op, a: op in norms and calls.append(a) or route(op, a))
     return calls
 
 
@@ -493,3 +491,20 @@ def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apa
     _, fused = pair(**CONFIGURATIONS["1x1 shortcut"])
     fused(torch.randn(2, 32, 5, 5))
     assert [biases for _, _, *biases, _ in calls] == ([[fused.nin_shortcut.bias, fused.conv2.bias]] if left else [])
+
+
+@pytest.mark.parametrize("name", ["scale", "shift", "pre_bias"])
+def test_float32_beside_a_float64_input_is_promoted_as_pytorch_does(name):
+    norm, x, t, counts = nn.GroupNorm(2, 4).double(), torch.randn(2, 4, 5, 5).double(), torch.randn(2, 4), []
+    y, _ = resnet.norm_swish(norm, x, **{name: t}, count=lambda x, reason: counts.append(reason))
+    assert y.dtype == torch.float64 and [reason is None for reason in counts] == [name == "pre_bias"]
+    expected = reference.group_norm_act(x, 2, eps=norm.eps, **{name: t.double()})
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_float32_norm_beside_a_float64_input_raises_what_pytorch_raises():
+    norm, x = nn.GroupNorm(2, 4), torch.randn(2, 4, 5, 5).double()
+    with pytest.raises(RuntimeError) as expected:
+        norm(x)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        resnet.norm_swish(norm, x)

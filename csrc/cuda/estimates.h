@@ -1,4 +1,4 @@
-// How long things take, as the plan believes, and benchmarks/time_model.py with it. Plain C++.
+// How long things take, as the plan believes, and tools/time_model.py with it. Plain C++.
 //
 // No GPU has measured any of these numbers here. Where they come from:
 //   kBytesPerNanosecond  an H200's data sheet: 90 % of 4.8 TB/s, over 132 multiprocessors. Other devices move less, but

@@ -22,9 +22,10 @@ __device__ __forceinline__ A* partial_sums(const BackwardParams& p, int64_t inde
   return static_cast<A*>(p.partials) + index * p.sums;
 }
 
-// Reads x and dy once; writes the sums of a channel and chunk.
+// Reads x and dy once; writes the sums of a channel and chunk. With no number of blocks given, ptxas aims at 64
+// registers in float64 on sm_110, and spills.
 template <class X, class Y, int V>
-__global__ void __launch_bounds__(kThreads) sums_rows(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 1 : 0) sums_rows(BackwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = row_unit(p.shape, p.reduce);
   GradientSums<A> sums[1]{};

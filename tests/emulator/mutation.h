@@ -1,5 +1,5 @@
-// For tests/check_mutants.py, which writes these into a copy of the kernels: mistakes that are made when they are asked
-// for. One build holds all of them; set_mutant() says which one to make.
+// For tools/check_mutants.py, which writes these into a copy of the kernels: mistakes that are made when they are asked
+// for. One build holds all of them; set_mutant() says which one to make, reached_mutants which could have been made.
 #pragma once
 
 namespace mutation {
@@ -8,8 +8,10 @@ inline int wanted = -1;
 
 }  // namespace mutation
 
-extern "C" __attribute__((visibility("default"), used)) inline void set_mutant(int number) {
-  mutation::wanted = number;
+extern "C" {
+__attribute__((visibility("default"), used)) inline unsigned char reached_mutants[1 << 12]{};
+
+__attribute__((visibility("default"), used)) inline void set_mutant(int number) { mutation::wanted = number; }
 }
 
 namespace mutation {
@@ -20,9 +22,13 @@ struct Bound {
 };
 
 // Functions of their own, because the emulator watches what a kernel reads.
-__attribute__((noinline, no_sanitize("thread"))) inline bool is(int mutant) { return wanted == mutant; }
+__attribute__((noinline, no_sanitize("thread"))) inline bool is(int mutant) {
+  reached_mutants[mutant] = 1;
+  return wanted == mutant;
+}
 
 __attribute__((noinline, no_sanitize("thread"))) inline Bound bound(int mutant) {
+  reached_mutants[mutant] = reached_mutants[mutant + 1] = 1;
   return {wanted == mutant ? 1 : wanted == mutant + 1 ? -1 : 0};
 }
 

@@ -41,8 +41,8 @@ class Norm(Adapter):
             return swap.as_before(norm, input)
         weight, bias, activation = norm.weight, norm.bias, "silu" if known.activated else None
         if known.keeps_dtype:
-            return functional.run(functional.checked(input, norm.num_groups, weight, bias, norm.eps, activation, None,
-                                                     None, None, None))
+            return functional.group_norm_act_as(None, input, norm.num_groups, weight, bias, norm.eps,
+                                                activation=activation)
         return functional.group_norm_act(input, norm.num_groups, weight, bias, norm.eps, activation=activation)
 
     def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:

@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-import check_sass
 import emulated
-import instances
 import pytest
-import small_cases
 import torch
 
 import ldm_fused
+from tools import check_sass, instances, small_cases
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_small_cases_are_right_and_every_kernel_has_a_name():

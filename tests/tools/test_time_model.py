@@ -1,4 +1,4 @@
-"""benchmarks/time_model.py: its terms by hand, and a prediction for everything."""
+"""tools/time_model.py: its terms by hand, and a prediction for everything."""
 
 import json
 import re
@@ -7,11 +7,12 @@ import emulated
 import pytest
 import torch
 
-from benchmarks import element_costs, time_model, workloads
-from benchmarks.devices import DEVICES, GPU
-from benchmarks.element_costs import Kernel, Phase
-from benchmarks.time_model import Machine, Terms
+from benchmarks import workloads
 from benchmarks.workloads import Workload
+from tools import element_costs, time_model
+from tools.devices import DEVICES, GPU
+from tools.element_costs import Kernel, Phase
+from tools.time_model import Machine, Terms
 
 # A cycle is a nanosecond: 128 instructions and 16 MUFU operations of each of 10 multiprocessors, and 100 bytes of all.
 PLAIN = GPU("plain", 10, 1e9, 100e9)
@@ -213,8 +214,10 @@ def test_report_is_written_as_a_prediction(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Predictions, not measurements" in printed and "What takes the most time" in printed
     written = json.loads((tmp_path / "prediction-bfloat16.json").read_text())
-    assert "prediction" in written["what"] and len(written["predictions"]) == 9 * 2 * 2
-    assert {len(row) for row in written["predictions"]} == {len(written["columns"])}
+    assert "prediction" in written["what"] and len(written["predictions"]) == 9
+    assert {len(row) for row in written["predictions"]} == {len(written["columns"])} == {3}
+    calls = [call for row in written["predictions"] for call in row[2]]
+    assert len(calls) == 9 * 2 * 2 and {len(call) for call in calls} == {len(written["columns"][2]) - 1}
     wanted = r"before\n.*\n\nOf tensors.*\| 1x256x17x256x256 \| channels_last \| .*\nafter\n"
     assert re.search(wanted, notes.read_text(), re.DOTALL) and "old" not in notes.read_text()
 

@@ -1,6 +1,6 @@
 """Counts the bytes that the CUDA kernels move, without a GPU, and compares them with the physical limit.
 
-    python benchmarks/traffic.py [--device H200] [--suite all] [--block]
+    python tools/traffic.py [--device H200] [--suite all] [--block]
 
 Each workload runs in the emulator (tests/emulator), which counts what the warps of all launches ask of global memory:
 bytes, and the 32-byte sectors that hold them. Tensors of more than a million elements are made smaller for that, and

@@ -13,12 +13,17 @@ import argparse
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
-import instances
 import torch
-from oracle import GRADIENTS, assert_within_bound, eager, make_case, oracle
 
-from ldm_fused import _C, reference
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from oracle import GRADIENTS, assert_within_bound, eager, make_case, oracle  # noqa: E402
+
+from ldm_fused import _C, reference  # noqa: E402
+from tools import instances  # noqa: E402
 
 SHAPES = [
     ((2, 64, 8, 8), 32),  # a few threads a row, vectors

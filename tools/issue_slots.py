@@ -29,17 +29,11 @@ it is a fault.
 import json
 import math
 import re
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from main_way import Kernel
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.devices import DEVICES  # noqa: E402
+from tools.devices import DEVICES
+from tools.main_way import Kernel
 
 # ---- The limits -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +241,7 @@ def report(costs, every_kernel=False):
     if judged is None:
         return True, f"issue: nothing judged, for {ARCH} was not compiled"
     wrong = [f"{name}: {fault}" for name, cost in judged.items() for fault in faults(name, cost)]
-    wrong += [f"{name}: not compiled, or not known to tests/issue_slots.py" for name in LIMITED if name not in judged]
+    wrong += [f"{name}: not compiled, or not known to tools/issue_slots.py" for name in LIMITED if name not in judged]
     worst = {direction: {what: max((getattr(judged[name], what) for name, of in LIMITED.items()
                                     if of == direction and name in judged), default=math.inf)
                          for what in ("instructions", "mufu")} for direction in LIMITS}

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+from tools import gpu, gpu_summary
 
-from benchmarks import gpu, gpu_summary  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_stages_are_checked_and_kept_in_order():
 HANGS = """
 import sys, time
 import torch
-from benchmarks import gpu
+from tools import gpu
 gpu.describe = lambda device: {"cores": 4}
 gpu.LIMITS = {name: limit / 40 for name, limit in gpu.LIMITS.items()}
 start = gpu.Run.start
@@ -571,6 +570,6 @@ def test_what_was_not_measured_is_said():
 
 def test_help_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--help"]
+    command = [sys.executable, str(ROOT / "tools" / "gpu.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and "summary.md" in done.stdout, done.stderr

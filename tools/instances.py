@@ -14,7 +14,7 @@ def kernel_names():
 
 
 def plain(name):
-    """One spelling of a demangled name, as tests/check_sass.py has it: apply_rows<float, Half, 4>."""
+    """One spelling of a demangled name, as tools/check_sass.py has it: apply_rows<float, Half, 4>."""
     name = re.sub(r"^void |ldm_fused::|\([^()]*Params\)$|\((?:unsigned )?int\)", "", name)
     return name.replace("(bool)1", "true").replace("(bool)0", "false")
 

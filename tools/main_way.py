@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-from disassembly import Flow
+from tools.disassembly import Flow
 
 WIDE = 16  # bytes
 PAIRS = ("FADD2", "FMUL2", "FFMA2")  # of registers

@@ -6,8 +6,7 @@ but the newest set run only the tests of what they have of their own; with --all
 PyTorch is not instrumented, but AddressSanitizer sees to its allocations: what our code reads or writes just beyond a
 tensor's memory is seen.
 
-The tests in this file, with which each run ends, are those of the sanitizers: that they are in force in that process,
-in those kernels. `make test` does not collect them, for there they fail.
+Each run ends with tests/sanitized.py: the sanitizers are in force in that process, in those kernels.
 """
 
 import os
@@ -18,9 +17,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
@@ -37,53 +33,6 @@ CPU = (["test_kernels", "test_residual", "test_dropout", "test_errors", "test_bu
 KERNELS = (["test_kernels"], CPU[1])
 EMULATED = (["test_kernels", "test_residual", "test_dropout", "test_cuda_kernels", "test_emulator"],
             "not [cpu and not [cuda and not workload and not thread_order and not as_planned")
-
-
-# ---- Tests of the sanitizers -------------------------------------------------------------------------------------
-
-
-def report_on(kernels, make_array):
-    """What the sanitizers write when the kernels read that array. They end the process, so a fork of this one does."""
-    def forward(x):
-        kernels.forward(x, 2, None, None, 1e-5, True, None, None, None, None)
-
-    pixels = 252 if kernels.name == "emulated" else 251  # no multiple of any vector: the rest is read one by one
-    forward(torch.ones(1, 4, pixels))
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(write, 2)
-        forward(torch.from_numpy(make_array()[:4 * pixels]).view(1, 4, pixels))
-        os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        report = pipe.read()
-    assert os.waitpid(child, 0)[1] != 0, "the sanitizers saw nothing"
-    # avx512_bf16 has no kernels of its own for float32.
-    isa = os.environ["LDM_FUSED_CPU_ISA"].removesuffix("_bf16")
-    namespace = "" if kernels.name == "emulated" else f"cpu::{isa}::"
-    # An asynchronous copy is made for the kernel: by memcpy, in two functions of the emulator.
-    assert re.search(rf"^ *#[0-3] .*ldm_fused::{namespace}\w+[<(]", report, re.M), report
-    return report
-
-
-def test_a_read_past_the_end_is_seen(kernels):
-    report = report_on(kernels, lambda: np.lib.stride_tricks.as_strided(np.zeros(1000, np.float32), (1008,)))
-    assert "AddressSanitizer: heap-buffer-overflow" in report
-
-
-def test_a_misaligned_read_is_seen(kernels):
-    report = report_on(kernels, lambda: np.zeros(4 * 1008 + 1, np.uint8)[1:].view(np.float32))
-    assert "runtime error: load of misaligned address" in report
-
-
-def test_signed_overflow_is_looked_for():
-    from ldm_fused import _C
-
-    assert b"__ubsan_handle_add_overflow_abort" in Path(_C.__file__).read_bytes()
-
-
-# ---- make sanitize -----------------------------------------------------------------------------------------------
 
 
 def build():
@@ -124,7 +73,7 @@ def run(name, tests, isa):
     files, expression = tests
     # The sanitizers write to file descriptor 2 and end the process: pytest must not keep that from being seen.
     result = python("-m", "pytest", "-v", "--capture=sys", "-p", "no:cacheprovider", "-k", expression,
-                    *(str(ROOT / "tests" / f"{file}.py") for file in [*files, "sanitizers"]), isa=isa)
+                    *(str(ROOT / "tests" / f"{file}.py") for file in [*files, "sanitized"]), isa=isa)
     passed = re.search(r"=+ (\d+) passed.* in .*=+\n$", result.stdout)
     good = result.returncode == 0 and passed
     print(f"{name}: {passed[0] if good else result.stdout}", flush=True)

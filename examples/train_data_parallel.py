@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Data-parallel training of the LDM autoencoder with fused blocks, by DDP or FSDP2, on pictures made of noise.
 
-    torchrun --nproc-per-node 8 benchmarks/train_data_parallel.py            # DDP
-    torchrun --nproc-per-node 8 benchmarks/train_data_parallel.py --fsdp     # FSDP2
+    torchrun --nproc-per-node 8 examples/train_data_parallel.py            # DDP
+    torchrun --nproc-per-node 8 examples/train_data_parallel.py --fsdp     # FSDP2
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        benchmarks/train_data_parallel.py                                    # two machines
+        examples/train_data_parallel.py                                    # two machines
 
 A model of another library is trained in the same way: build it, `ldm_fused.patch(model)`, then wrap it.
 """

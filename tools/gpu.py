@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # torch is imported only when it is needed: --help answers at once
-from benchmarks import gpu_summary  # noqa: E402
-from benchmarks.gpu_verdicts import judged, sanitized, totals, worst  # noqa: E402
+from tools import gpu_summary  # noqa: E402
+from tools.gpu_verdicts import judged, sanitized, totals, worst  # noqa: E402
 
 EPILOG = """\
 stages; one that fails or runs out of time stops none that follow:
@@ -29,7 +29,7 @@ stages; one that fails or runs out of time stops none that follow:
     build      the extension
     tests      those that use the GPU, in several processes
     instances  every instance of every kernel, with the plan's tier enforced (LDM_FUSED_STRICT_PLAN=1), beside the tests
-    sanitizer  compute-sanitizer's tools over the calls of tests/small_cases.py, for the time that is left
+    sanitizer  compute-sanitizer's tools over the calls of tools/small_cases.py, for the time that is left
   time
     build      the same, which has little to do after the other part
     timings    bench_fused.py --sample, with what torch.compile makes of it compiled ahead
@@ -45,18 +45,18 @@ in OUT, written anew every few seconds, so that a run which is killed leaves wha
 The exit status is 0 if no stage failed. COMMIT=... names the commit where the tree has no git.
 benchmarks/results/README.md says how to read and compare the files.
 """
-SMALL_CASES = ROOT / "tests" / "small_cases.py"
+SMALL_CASES = ROOT / "tools" / "small_cases.py"
 PARTS = {"correct": ("build", "tests", "instances", "sanitizer"), "time": ("build", "timings", "decoder")}
 SECONDS = 225  # of a part: with the start and the end it takes no more than four minutes
 LIMITS = {"build": 120, "tests": 75, "compile": 60}  # seconds; what comes last has the rest
 DECODER = 25  # seconds that timings leave to the decoder
 # What uses the device; the emulator would compile for minutes.
 USES = "{} and not emulated"
-EMULATED = ("test_cuda_kernels", "test_emulator", "test_traffic", "test_check_mutants")
+WITHOUT = ("tests/tools", "tests/test_cuda_kernels.py", "tests/test_emulator.py")
 PROVIDERS = "eager,F.silu,compile,cooperative,triton,ours,again"
 RESULTS = ("timings.json", "timings.csv", "decoder.json")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# What a tool must say of a mistake on purpose (tests/small_cases.py --wrong), or its silence elsewhere proves nothing.
+# What a tool must say of a mistake on purpose (tools/small_cases.py --wrong), or its silence elsewhere proves nothing.
 MISTAKES = {"memcheck": ("outside", r"Invalid .*read"), "initcheck": ("unwritten", "Uninitialized")}
 WRITE = 5  # seconds from one writing to the next
 LOG = 1 << 20  # characters kept of what one command printed: the last
@@ -226,11 +226,11 @@ def tests(run: Run):
         records.append(run.folder / f"part-{len(records)}.jsonl")
         options = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
         options += ["-o", f"faulthandler_timeout={LIMITS['tests'] - 30}"]
-        options += ["-p", "part", f"--part={part}", f"--record={records[-1]}"]
+        options += ["-p", "tools.part", f"--part={part}", f"--record={records[-1]}"]
         if run.args.pytest:
             options += shlex.split(run.args.pytest)
         else:
-            options += ["-k", USES.format(run.args.device), *(f"--ignore=tests/{name}.py" for name in EMULATED)]
+            options += ["-k", USES.format(run.args.device), *(f"--ignore={path}" for path in WITHOUT)]
         name, threads = f"tests {part}".replace("/", " of "), str(max(2, cores // parts))
         jobs.append(run.python(name, ["-m", "pytest", *options], LIMITS["tests"], OMP_NUM_THREADS=threads))
 

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Dict, List
 
-from benchmarks.gpu_summary import counted
+from tools.gpu_summary import counted
 
 
 def worst(statuses) -> str:

@@ -4,21 +4,24 @@
 test of the emulated kernels fails, if they crash, or if they do not come to an end. It fails (status 1) where one
 survives: that is a test that is missing, or a mistake that is none, which is then entered below with the reason.
 
-    tests/check_mutants.py [--only 17,18]
+Tests are collected once, and run once without a mutant, to see which reach which mutant. Then each mutant has a fork of
+this process, which runs the tests that reach it, the quickest first, until one fails.
+
+    tools/check_mutants.py [--only 17,18]
 """
 
 import argparse
 import ctypes
 import functools
-import math
 import os
-import random
+import pickle
 import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +33,12 @@ SELECTION = """every_tier and not bfloat16-None or any_tier or every_device and 
 smaller_size or same_bits_in_every and (clusters or default) or emulated and (float32-None or optional or one_gradient
 or large_mean or misaligned) and not (64-64 or 16385) or test_residual and (emulated and (float32 or optional) or
 as_planned) and not 16385""".replace("\n", " ")
-TESTS = ["-x", "-q", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py", "tests/test_traffic.py",
-         "tests/test_kernels.py", "tests/test_residual.py", "tests/test_dropout.py", "-k", SELECTION]
+TESTS = ["-q", "-s", "--no-header", "--no-summary", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py",
+         "tests/tools/test_traffic.py", "tests/test_kernels.py", "tests/test_residual.py", "tests/test_dropout.py",
+         "-k", SELECTION]
 # The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
 FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
-PATIENCE = 4  # how many times what the tests take without a mutant; other runs share the machine
+PATIENCE = 8  # how many times what the tests take without a mutant; other runs share the machine
 
 # Also what makes an asynchronous copy arrive; of functions of the kernels' own, the calls.
 BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_wait\(\)(?=;)|"
@@ -146,71 +150,122 @@ def make_copy(in_folder=COPY.name):
     return mutants
 
 
-class Order:
-    """A plugin of pytest: first what reaches every tier, mixed, so that one of the first tests sees most mistakes."""
+class Suite:
+    """A plugin of pytest, which collects the tests and leaves the rest to ``work``."""
 
-    @staticmethod
-    def pytest_collection_modifyitems(items):
+    def __init__(self, work):
+        self.work, self.failed = work, []
+
+    def pytest_collection_modifyitems(self):
         import torch
 
-        random.Random(0).shuffle(items)
-        items.sort(key=lambda item: "every_tier" not in item.name)
         torch.set_num_threads(1)  # the runs are side by side
 
+    def pytest_runtestloop(self, session):
+        self.work(self, session.items)
+        return True
 
-class Run:
-    """The tests with one mutant, or with none (-1), in a fork of this process, which has loaded all that takes time."""
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.append(report.nodeid)
 
-    def __init__(self, number):
-        self.number, self.start = number, time.monotonic()
-        self.output = tempfile.TemporaryFile("w+")
+    def passes(self, item, following):
+        """Runs one test; ``following`` is the next one, for which fixtures are kept."""
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        return not self.failed
+
+
+class Fork:
+    """A fork of this process, which has loaded all that takes time: it returns what ``work()`` returns."""
+
+    def __init__(self, work, limit):
+        self.end = time.monotonic() + limit
+        self.output, self.found = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile()
         self.pid = os.fork()
         if self.pid == 0:
             for descriptor in 1, 2:
                 os.dup2(self.output.fileno(), descriptor)
-            library().set_mutant(number)
-            os._exit(pytest.main(TESTS, [Order]))
+            try:
+                pickle.dump(work(), self.found)
+                self.found.flush()
+            except BaseException:  # it must not go on as if it were this process
+                self.output.write(traceback.format_exc())
+                self.output.flush()
+                os._exit(1)
+            os._exit(0)
 
-    def result(self, limit):
-        """(whether they passed, what they said of it); None while they run."""
+    def result(self):
+        """None while it runs; else (what it returned, None) or (None, how it ended instead)."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid == 0 and time.monotonic() - self.start > limit:
+        if pid == 0 and time.monotonic() > self.end:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            return False, "it does not come to an end"
+            return None, "it does not come to an end"
         if pid == 0:
             return None
         if os.WIFSIGNALED(status):
-            return False, f"a crash, {signal.Signals(os.WTERMSIG(status)).name}"
+            return None, f"a crash, {signal.Signals(os.WTERMSIG(status)).name}"
+        self.found.seek(0)
+        if os.WEXITSTATUS(status) == 0:
+            return pickle.load(self.found), None
         self.output.seek(0)
-        said = self.output.read()
-        failure = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - |$)", said, re.M)
-        if failure and os.WEXITSTATUS(status) == pytest.ExitCode.TESTS_FAILED:
-            return False, failure[1]
-        return os.WEXITSTATUS(status) == 0, said[-2000:]
+        return None, self.output.read()[-2000:]
+
+    def wait(self):
+        while (result := self.result()) is None:
+            time.sleep(0.02)
+        return result
 
 
 @functools.cache
 def library():
     """The emulator with all mutants in it."""
     os.environ.update(LDM_FUSED_EMULATOR_ROOT=str(COPY), LDM_FUSED_EMULATOR_FLAGS=FLAGS)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import emulated
 
     return ctypes.CDLL(emulated._library.__file__)
 
 
-def run_tests(numbers, limit=math.inf, at_once=1):
-    """Yields each number with its run's result, ``at_once`` side by side; each has ``limit`` seconds."""
-    waiting, running = list(numbers), []
+def reached_by(suite, items, count):
+    """For each test, in a run without a mutant: its seconds, and the mutants that it reaches. Or what failed."""
+    reached, found = (ctypes.c_ubyte * count).in_dll(library(), "reached_mutants"), []
+    for item, following in zip(items, [*items[1:], None]):
+        ctypes.memset(reached, 0, count)
+        start = time.monotonic()
+        if not suite.passes(item, following):
+            return suite.failed[0]
+        found.append((time.monotonic() - start, {i for i, once in enumerate(reached) if once}))
+    return found
+
+
+def first_failure(suite, items, mutant):
+    """The first of the tests that fails with the mutant, or None."""
+    library().set_mutant(mutant)
+    return next((item.name for item, following in zip(items, [*items[1:], None])
+                 if not suite.passes(item, following)), None)
+
+
+def run_mutants(suite, items, found, numbers, at_once):
+    """Yields each mutant's number with what caught it, or None; ``at_once`` forks side by side."""
+    waiting, running = list(numbers), {}
     while waiting or running:
         while waiting and len(running) < at_once:
-            running.append(Run(waiting.pop(0)))
-        for run in list(running):
-            result = run.result(limit)
+            number = waiting.pop(0)
+            tests = sorted((seconds, i) for i, (seconds, reached) in enumerate(found) if number in reached)
+            chosen, limit = [items[i] for _, i in tests], 20 + PATIENCE * sum(seconds for seconds, _ in tests)
+            running[number] = Fork(functools.partial(first_failure, suite, chosen, number), limit)
+        for number, fork in list(running.items()):
+            result = fork.result()
             if result is not None:
-                running.remove(run)
-                yield run.number, result
-        time.sleep(0.02)
+                del running[number]
+                yield number, result[0] or result[1]
+        time.sleep(0.005)
+
+
+def with_tests(work):
+    """Calls ``work`` with the plugin and the tests, in a session of pytest."""
+    pytest.main(TESTS, [Suite(work)])
 
 
 def main(arguments=()):
@@ -224,21 +279,24 @@ def main(arguments=()):
     harmless = sum(m.reason is not None for m in mutants)
     print(f"{len(mutants)} mutants, of which {harmless} are harmless. First without any.", flush=True)
     library()
-    start = time.monotonic()
-    [(_, (passed, said))] = run_tests([-1])
-    if not passed:
-        sys.exit(f"Without a mutant the tests fail already:\n{said}")
     at_once = int(os.environ.get("MAX_JOBS") or os.cpu_count())
-    limit = 10 + PATIENCE * (time.monotonic() - start)
+    survivors = []
 
-    survivors, start = [], time.monotonic()
-    results = run_tests([m.number for m in wanted], limit, at_once)
-    for done, (number, (passed, said)) in enumerate(results, 1):
-        mutant = mutants[number]
-        if passed:
-            survivors.append(mutant)
-        verdict = "SURVIVES" if passed else f"caught by {said}"
-        print(f"[{done}/{len(wanted)}, {time.monotonic() - start:.0f} s] {mutant}\n    {verdict}", flush=True)
+    def judge(suite, items):
+        found, ended = Fork(functools.partial(reached_by, suite, items, len(mutants)), 3600).wait()
+        if ended or isinstance(found, str):
+            sys.exit(f"Without a mutant the tests fail already:\n{ended or found}")
+        start = time.monotonic()
+        results = run_mutants(suite, items, found, [m.number for m in wanted], at_once)
+        for done, (number, caught_by) in enumerate(results, 1):
+            mutant = mutants[number]
+            reached = sum(number in reached for _, reached in found)
+            if caught_by is None:
+                survivors.append(mutant)
+            verdict = f"caught by {caught_by}" if caught_by else f"SURVIVES {reached} tests that reach it"
+            print(f"[{done}/{len(wanted)}, {time.monotonic() - start:.0f} s] {mutant}\n    {verdict}", flush=True)
+
+    with_tests(judge)
     for mutant in survivors:
         print(f"Survives: {mutant}")
     print(f"mutants: {len(wanted) - len(survivors)} of {len(wanted)} caught")

@@ -1,9 +1,14 @@
-"""tests/check_mutants.py: it finds each barrier and bound, and fails where a mistake goes unnoticed."""
+"""tools/check_mutants.py: it finds each barrier and bound, and fails where a mistake goes unnoticed."""
 
+import os
 import re
+import signal
+import time
+from types import SimpleNamespace
 
-import check_mutants
 import pytest
+
+from tools import check_mutants
 
 KERNEL = """\
 struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vec {
@@ -81,37 +86,67 @@ def test_of_two_bounds_in_a_line_one_may_be_harmless(monkeypatch):
     assert [m.reason for m in mutants] == [None, "never one", None, None, None]
 
 
-def test_only_those_asked_for_are_made(monkeypatch, capsys, mutants):
-    numbers = []
+@pytest.fixture
+def check(monkeypatch, mutants):
+    """main() with tests that find the mutants for which ``caught_by(number)`` says something."""
+    def run(*arguments, caught_by=lambda number: "test_it", without=({}, None)):
+        made = []
+        monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
+        monkeypatch.setattr(check_mutants, "library", lambda: None)
+        monkeypatch.setattr(check_mutants, "with_tests", lambda work: work(None, []))
+        monkeypatch.setattr(check_mutants, "Fork", lambda *_: SimpleNamespace(wait=lambda: without))
+        monkeypatch.setattr(check_mutants, "run_mutants", lambda suite, items, found, numbers, at_once: [
+            (made.append(number) or number, caught_by(number)) for number in numbers])
+        return check_mutants.main(arguments), made
 
-    def run_tests(wanted, *_):
-        numbers.extend(wanted)
-        return [(n, (n == -1, "test_it")) for n in wanted]
+    return run
 
-    monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
-    monkeypatch.setattr(check_mutants, "library", lambda: None)
-    monkeypatch.setattr(check_mutants, "run_tests", run_tests)
-    assert check_mutants.main(["--only", "5,3"]) == 0 and numbers == [-1, 3, 5]
+
+def test_only_those_asked_for_are_made(check, capsys):
+    assert check("--only", "5,3") == (0, [3, 5])
     assert capsys.readouterr().out.endswith("mutants: 2 of 2 caught\n")
 
 
 @pytest.mark.parametrize("survives", [False, True])
-def test_a_survivor_fails_the_check(monkeypatch, capsys, mutants, survives):
+def test_a_survivor_fails_the_check(check, capsys, mutants, survives):
     survivor = next(m for m in mutants if m.mistake == "left out")
-    monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
-    monkeypatch.setattr(check_mutants, "library", lambda: None)
-    monkeypatch.setattr(check_mutants, "run_tests", lambda numbers, *_: [
-        (n, (n == -1 or survives and n == survivor.number, "test_it")) for n in numbers])
-    assert check_mutants.main() == survives
+    wanted = [m.number for m in mutants if m.reason is None]
+    caught_by = lambda number: None if survives and number == survivor.number else "test_it"  # noqa: E731
+    assert check(caught_by=caught_by) == (survives, wanted)
     out = capsys.readouterr().out
-    total = sum(m.reason is None for m in mutants)
-    assert out.endswith(f"mutants: {total - survives} of {total} caught\n")
+    assert out.endswith(f"mutants: {len(wanted) - survives} of {len(wanted)} caught\n")
     assert (f"Survives: {survivor}\n" in out) == survives
 
 
-def test_tests_that_fail_by_themselves_prove_nothing(monkeypatch, mutants):
-    monkeypatch.setattr(check_mutants, "make_copy", lambda: mutants)
-    monkeypatch.setattr(check_mutants, "library", lambda: None)
-    monkeypatch.setattr(check_mutants, "run_tests", lambda numbers: [(-1, (False, "broken"))])
-    with pytest.raises(SystemExit, match="Without a mutant the tests fail already:\nbroken"):
-        check_mutants.main()
+@pytest.mark.parametrize("without", [("test_it", None), (None, "a crash, SIGSEGV")])
+def test_tests_that_fail_by_themselves_prove_nothing(check, without):
+    with pytest.raises(SystemExit, match=f"Without a mutant the tests fail already:\n{without[0] or without[1]}"):
+        check(without=without)
+
+
+def test_a_fork_returns_what_it_is_for_or_says_how_it_ended():
+    assert check_mutants.Fork(lambda: {"a": 1}, 60).wait() == ({"a": 1}, None)
+    assert check_mutants.Fork(lambda: os.kill(os.getpid(), signal.SIGKILL), 60).wait() == (None, "a crash, SIGKILL")
+    assert "ZeroDivisionError" in check_mutants.Fork(lambda: 1 / 0, 60).wait()[1]
+    assert check_mutants.Fork(lambda: time.sleep(60), 0.2).wait() == (None, "it does not come to an end")
+
+
+class Suite:
+    """Tests are numbers; those from 2 on fail."""
+
+    failed = ["2"]
+
+    def passes(self, item, following):
+        return int(item.name) < 2
+
+
+def test_a_mutant_meets_the_tests_that_reach_it_the_quickest_first(monkeypatch):
+    class Library:
+        def set_mutant(self, mutant):
+            pass
+
+    monkeypatch.setattr(check_mutants, "library", Library)
+    items = [SimpleNamespace(name=str(i)) for i in range(4)]
+    found = [(0.1, {0, 1}), (0.2, {0}), (0.4, {0, 2}), (0.3, {0, 2})]
+    caught = dict(check_mutants.run_mutants(Suite(), items, found, [0, 1, 2, 3], 2))
+    assert caught == {0: "3", 1: None, 2: "3", 3: None}

@@ -1,11 +1,11 @@
 """Predicts how long the op takes on GPUs that are not at hand, and what binds it.
 
-    python benchmarks/time_model.py [--device H200] [--suite all] [--dtype bfloat16] [--write]
+    python tools/time_model.py [--device H200] [--suite all] [--dtype bfloat16] [--write]
 
 A model, not a measurement. It is there to be held against the first GPU, and to say meanwhile where time goes. For each
 workload, direction and layout csrc/cuda/plan.h says, through the emulator, which kernel runs on which grid and what
 it moves; benchmarks/results/issue-sm_90.json what an element costs in instructions and MUFU operations, as `make sass`
-counted it in the machine code; benchmarks/devices.py what the device can do; csrc/cuda/estimates.h what launches and
+counted it in the machine code; tools/devices.py what the device can do; csrc/cuda/estimates.h what launches and
 exchanges cost, the numbers that the plan itself decides by. All terms are times, of which a prediction is the sum:
 
   bytes      what is moved at copy bandwidth; what is read again out of L2 at L2's;
@@ -30,7 +30,7 @@ counts one.
 """
 
 import argparse
-import json
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -43,12 +43,13 @@ import emulated  # noqa: E402
 import torch  # noqa: E402
 from oracle import laid_out  # noqa: E402
 
-from benchmarks import element_costs, workloads  # noqa: E402
-from benchmarks.devices import DEVICES  # noqa: E402
-from benchmarks.element_costs import REGISTERS, TYPES, write_rows  # noqa: E402
+from benchmarks import report, workloads  # noqa: E402
+from tools import element_costs  # noqa: E402
+from tools.devices import DEVICES  # noqa: E402
+from tools.element_costs import REGISTERS, TYPES  # noqa: E402
 
-RESULTS = Path(__file__).with_name("results")
-NOTES = Path(__file__).with_name("NOTES.md")
+RESULTS = ROOT / "benchmarks" / "results"
+NOTES = ROOT / "benchmarks" / "NOTES.md"
 MARKS = "<!-- printed by `make predict`: -->", "<!-- end -->"
 
 WAYS = {"forward": ("statistics", "apply"), "backward": ("sums", "dx")}  # the phases that reduce, and that write
@@ -292,7 +293,7 @@ def time_of(gpu, properties, plan, shape, way, dtype, issue, estimates):
 # ---- Predictions ----------------------------------------------------------------------------------------------------
 
 
-COLUMNS = ("device", "shape", "layout", "way", "tier", "blocks", "us", "eager_us", "of_copy", "largest_terms_us")
+COLUMNS = ("layout", "way", "tier", "blocks", "us", "eager_us", "of_copy", "largest_terms_us")
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ class Prediction:
     def row(self):
         """In the order of COLUMNS."""
         terms = {name: round(value / 1000, 1) for name, value in self.terms.most_common(4) if value >= 50}
-        return [self.device, self.workload.shape_text, self.layout, self.way, self.tier, self.blocks,
+        return [self.layout, self.way, self.tier, self.blocks,
                 round(self.microseconds, 1), round(self.eager, 1), round(self.share, 3), terms]
 
 
@@ -403,9 +404,11 @@ def summary(predictions):
 
 def write(predictions, dtype):
     """The table into results, the summary into the notes."""
-    head = {"what": "a prediction of benchmarks/time_model.py: no GPU has measured any of it", "dtype": dtype,
-            "columns": COLUMNS}
-    write_rows(RESULTS / f"prediction-{dtype}.json", head, "predictions", [p.row for p in predictions])
+    head = {"what": "a prediction of tools/time_model.py: no GPU has measured any of it", "dtype": dtype,
+            "columns": ["device", "shape", ["of each layout and way", *COLUMNS]]}
+    rows = [[device, shape, [p.row for p in some]] for (device, shape), some in itertools.groupby(
+        predictions, lambda p: (p.device, p.workload.shape_text))]
+    (RESULTS / f"prediction-{dtype}.json").write_text(report.json_rows(head, "predictions", rows))
     before, _, rest = NOTES.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     NOTES.write_text(f"{before}{MARKS[0]}\n\n{summary(predictions)}\n\n{MARKS[1]}{after}")

@@ -4,15 +4,14 @@ import json
 import re
 from pathlib import Path
 
-import check_sass
-import issue_slots
 import pytest
-from disassembly import parse_sass
 
 from benchmarks import workloads
-from benchmarks.devices import DEVICES
+from tools import check_sass, issue_slots
+from tools.devices import DEVICES
+from tools.disassembly import parse_sass
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 FORWARD, BACKWARD = (f"resident_{direction}<BFloat16, BFloat16, 8, false, true>" for direction in
                      ("forward", "backward"))

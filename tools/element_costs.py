@@ -8,8 +8,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-MEASURED = Path(__file__).resolve().parents[1] / "build" / "sass" / "issue.json"
-SNAPSHOT = Path(__file__).with_name("results") / "issue-sm_90.json"
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "build" / "sass" / "issue.json"
+SNAPSHOT = ROOT / "benchmarks" / "results" / "issue-sm_90.json"
 
 TYPES = {"bfloat16": "BFloat16", "float16": "Half", "float32": "float"}
 REGISTERS = 65536  # of a multiprocessor
@@ -58,11 +61,5 @@ def take():
         most = 256 if name.startswith("resident") and types[-1] == "true" or not name.startswith("resident") else 512
         rows.append({"kernel": name, "registers": entry.get("registers", min(255, REGISTERS // most)),
                      "alone": entry.get("alone", 0), "phases": phases})
-    write_rows(SNAPSHOT, {"what": "an element's instructions and MUFU operations on sm_90, counted by make sass"},
-               "kernels", rows)
-
-
-def write_rows(path, head, key, rows):
-    """A JSON object with a list of rows, one a line."""
-    lines = ",\n".join(" " + json.dumps(row) for row in rows)
-    path.write_text(json.dumps(head)[:-1] + f', "{key}": [\n{lines}\n]}}\n')
+    what = "an element's instructions and MUFU operations on sm_90, counted by make sass"
+    SNAPSHOT.write_text(report.json_rows({"what": what}, "kernels", rows))

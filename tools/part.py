@@ -1,6 +1,6 @@
 """A part of the suite, for processes side by side, and each test's outcome written down as it comes.
 
-pytest -p part --part 2/8 --record FILE, with this folder in PYTHONPATH. FILE gets a line of JSON for each: first
+pytest -p tools.part --part 2/8 --record FILE, with the repository in PYTHONPATH. FILE gets a line of JSON for each: first
 {"chosen": [id, ...]}, then {"id", "outcome": "passed" | "failed" | "skipped", "why", "on_gpu"}. Which part a test
 belongs to depends on its id alone, so the parts cover the suite whatever their processes do.
 """

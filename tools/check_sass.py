@@ -26,10 +26,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import issue_slots
-from disassembly import Flow, parse_sass
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import issue_slots  # noqa: E402
+from tools.disassembly import Flow, parse_sass  # noqa: E402
 
 # ---- The kernels: a new one is entered here -------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ def faults(function):
     if function.stack:
         yield f"a stack frame of {function.stack} bytes"
     if function.kernel and not role(function.name):
-        yield "named neither in STREAMING nor in RESIDENT nor in SMALL of tests/check_sass.py"
+        yield "named neither in STREAMING nor in RESIDENT nor in SMALL of tools/check_sass.py"
     if function.kernel and role(function.name) == "streaming":
         judged = {access.kind[:2] for access in function.accesses}
         writes = re.match(STREAMING, function.name)["writes"]

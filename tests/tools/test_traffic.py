@@ -1,4 +1,4 @@
-"""benchmarks/traffic.py: what the emulator counts is what the plan predicts, and is reported as what it is."""
+"""tools/traffic.py: what the emulator counts is what the plan predicts, and is reported as what it is."""
 
 import re
 
@@ -10,8 +10,9 @@ from emulator import build
 if not build.watches():
     pytest.skip("AddressSanitizer takes the place of the emulator's own watch", allow_module_level=True)
 
-from benchmarks import traffic, workloads
+from benchmarks import workloads
 from benchmarks.workloads import Workload
+from tools import traffic
 
 CASES = [((2, 640, 16, 16), "contiguous"), ((2, 640, 16, 16), "channels_last"), ((1, 320, 45, 8), "channels_last"),
          ((2, 96, 40, 40), "contiguous"), ((3, 1280, 8, 8), "channels_last"), ((40, 64, 1, 1), "contiguous")]

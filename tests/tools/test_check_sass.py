@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check_sass
-import disassembly
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import check_sass, disassembly
+
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "_ZN9ldm_fused10apply_rowsIfLi4EEEvNS_13ForwardParamsE"  # apply_rows<float, 4>
 
 PTXAS = f"""\
@@ -366,7 +366,7 @@ def test_100_percent_is_said_of_all_only():
 
 
 def test_without_a_toolkit_it_says_what_to_do(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "check_sass.py")], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "check_sass.py")], capture_output=True, text=True,
                           env={**os.environ, "CUDA_HOME": str(tmp_path)})
     assert done.returncode == 1 and done.stdout == ""
     [line] = done.stderr.splitlines()
