@@ -134,17 +134,27 @@ def called_twice(self, z):
     return self.conv_out(self.act(self.last(self.last(self.conv_in(z)))))
 
 
+calls = 0
+
+
+def writes_to_a_global_name(self, z):
+    global calls
+    calls += 1
+    return self.conv_out(swish(self.last(self.conv_in(z))))
+
+
 def unknown(self, z):
     swish = torch.tanh
     return self.conv_out(swish(self.last(self.conv_in(z))))
 
 
 @pytest.mark.parametrize("forward,act", [(child_in_an_expression, nn.ReLU), (read_twice, nn.SiLU),
-                                         (called_twice, nn.SiLU), (child_in_statements, nn.GELU)])
+                                         (called_twice, nn.SiLU), (writes_to_a_global_name, nn.SiLU), (child_in_statements, nn.GELU)])
 def test_of_another_end_the_norm_alone_is_fused(forward, act, activations):
-    model = model_of(forward, act=act()).double()
+    model, before = model_of(forward, act=act()).double(), calls
     patched, run = check(model, (random(2, 4, 8, 6),))
     assert [name for name, _, _ in patched.replaced] == ["last"] and set(activations) == {None} and run.share == 1
+    assert calls - before == (4 if forward is writes_to_a_global_name else 0)  # check calls it so often
 
 
 def test_a_local_name_that_hides_the_function_is_noticed():

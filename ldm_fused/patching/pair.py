@@ -251,6 +251,8 @@ def activation_behind(forward: Callable, norm: str) -> Optional[str]:
     asked = {id(_asked(node.test)) for node in nodes if isinstance(node, (ast.If, ast.IfExp))}
     if sum(isinstance(node, ast.Attribute) and node.attr == norm and id(node) not in asked for node in nodes) != 1:
         return None
+    if any(isinstance(node, ast.Global) for node in nodes):  # it would write to other names when run with them changed
+        return None
     for node in nodes:
         match node:
             case ast.Call(act, [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])], []) if name == norm:
