@@ -288,7 +288,8 @@ def test_edm_block(name, file, load, monkeypatch, biases):
     ("(x + (before if", "(self.factor * x + (before if"), ("(scale + 1)", "(scale + 2)")])
 def test_an_edm_block_from_a_pickle_that_computes_something_else(before, after, monkeypatch):
     start = EDM_SOURCE.index("class UNetBlock")
-    changed = EDM_SOURCE[start:].replace(before, after).replace("super().__init__()", "super().__init__(); self.factor = 2")
+    changed = EDM_SOURCE[start:].replace(before, after)
+    changed = changed.replace("super().__init__()", "super().__init__(); self.factor = 2")
     assert changed.count(after) == 1
     block = persistent(EDM_SOURCE[:start] + changed, monkeypatch).UNetBlock(32, 32, 24, num_heads=4).double()
     arguments = random(2, 32, 8, 6), random(2, 24)
@@ -456,7 +457,8 @@ def left(monkeypatch):
     """Whether the shortcut's bias and the second convolution's are left to the residual op, as on CUDA."""
     told, op = [], functional.bias_add_residual
     monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
-    monkeypatch.setattr(functional, "bias_add_residual", lambda *a: told.append((a[2] is not None, a[3] is not None)) or op(*a))
+    monkeypatch.setattr(functional, "bias_add_residual",
+                        lambda *a: told.append((a[2] is not None, a[3] is not None)) or op(*a))
     return told
 
 

@@ -149,7 +149,8 @@ def unknown(self, z):
 
 
 @pytest.mark.parametrize("forward,act", [(child_in_an_expression, nn.ReLU), (read_twice, nn.SiLU),
-                                         (called_twice, nn.SiLU), (writes_to_a_global_name, nn.SiLU), (child_in_statements, nn.GELU)])
+                                         (called_twice, nn.SiLU), (writes_to_a_global_name, nn.SiLU),
+                                         (child_in_statements, nn.GELU)])
 def test_of_another_end_the_norm_alone_is_fused(forward, act, activations):
     model, before = model_of(forward, act=act()).double(), calls
     patched, run = check(model, (random(2, 4, 8, 6),))

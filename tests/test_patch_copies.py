@@ -135,7 +135,8 @@ def test_a_pickle_says_what_is_missing_where_it_is_read(patched, tmp_path):
         ldm_fused.unpatch(model)
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     program = "import pickle, sys; sys.modules['ldm_fused'] = None; pickle.load(open(sys.argv[1], 'rb'))"
-    run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "model.pickle")], capture_output=True, text=True)
+    arguments = [sys.executable, "-c", program, str(tmp_path / "model.pickle")]
+    run = subprocess.run(arguments, capture_output=True, text=True)
     if patched:
         last = run.stderr.splitlines()[-1]
         assert last.startswith("ModuleNotFoundError") and "ldm_fused" in last

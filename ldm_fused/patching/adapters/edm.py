@@ -1,5 +1,6 @@
 """NVIDIA's EDM: the block of its UNets where it ends in attention. Without, it is read."""
 
+from types import FunctionType
 from typing import Optional, Sequence
 
 import torch
@@ -25,6 +26,8 @@ def adapter_of(module: nn.Module) -> Optional[Adapter]:
     """
     cls = type(module)
     if getattr(cls, "_orig_class_name", cls.__name__) != "UNetBlock" or not getattr(module, "num_heads", 0):
+        return None
+    if not isinstance(cls.forward, FunctionType):
         return None
     try:
         read = set(source.read(cls.forward.__code__, cls).read)
