@@ -4,7 +4,7 @@ Offloading libraries replace ``forward`` in the instance and leave parameters on
 profilers hook modules. Where anything of the kind is found the module itself is called, and the result is right.
 """
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch.nn.modules import module as _module
 
 from . import functional
 
-CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.Conv1d)
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
 
@@ -21,11 +20,14 @@ def always(norm: nn.Module) -> Optional[str]:
     return None
 
 
+WhyNot = Callable[[nn.Module], Optional[str]]  # the reason why an instance must be called, or None
+
+
 class Norm(NamedTuple):
     """What is known of a class of norms that the fused op computes."""
 
     keeps_dtype: bool = False  # gives the input's dtype, also under CUDA autocast, where nn.GroupNorm gives float32
-    why_not_now: Callable[[nn.Module], Optional[str]] = always  # why an instance must be called, or None
+    why_not_now: WhyNot = always
     activated: bool = False  # gives swish of what it has normalized
 
 
@@ -34,6 +36,7 @@ Known = Union[Norm, Callable[[nn.Module], Optional[Norm]]]  # of a class, or ask
 _FORWARD: Dict[type, Optional[Callable]] = {}
 _NORMS: Dict[type, Known] = {}
 _ACTIVATIONS = {nn.SiLU}
+_CONVOLUTIONS: Dict[type, Tuple[WhyNot, Callable]] = {}  # when not, and the class's _conv_forward
 
 
 def know(cls: type) -> None:
@@ -61,25 +64,30 @@ def know_activation(cls: type) -> None:
     _ACTIVATIONS.add(cls)
 
 
-def is_known(cls: type) -> bool:
-    """Whether ``cls`` is one of norms or activations that something is known of."""
-    return cls in _NORMS or cls in _ACTIVATIONS
+def know_convolution(cls: type, why_not_now: WhyNot = always) -> None:
+    """``cls`` adds its bias to what it computes without, but where ``why_not_now`` gives a reason."""
+    know(cls)
+    _CONVOLUTIONS.setdefault(cls, (why_not_now, cls._conv_forward))
 
 
-def knowledge(module: nn.Module) -> Tuple[Tuple[type, Optional[Known]], ...]:
-    """What is known of the classes of norms and activations in ``module`` that are not PyTorch's own, for
+def knowledge(module: nn.Module) -> Tuple[Tuple[Any, ...], ...]:
+    """What is known of the classes of norms, activations and convolutions in ``module`` that are not PyTorch's own, for
     :func:`learn` in another process."""
-    classes = {type(part) for part in module.modules()} - {nn.GroupNorm, nn.SiLU}
-    return tuple((cls, _NORMS.get(cls)) for cls in classes if is_known(cls))
+    classes = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    return (*((know_norm, cls, _NORMS[cls]) for cls in classes & _NORMS.keys()),
+            *((know_activation, cls) for cls in classes & _ACTIVATIONS),
+            *((know_convolution, cls, _CONVOLUTIONS[cls][0]) for cls in classes & _CONVOLUTIONS.keys()))
 
 
-def learn(known: List[Any]) -> None:
-    for cls, norm in known:
-        know_activation(cls) if norm is None else know_norm(cls, norm)
+def learn(known: Iterable[Tuple[Any, ...]]) -> None:
+    for remember, cls, *what in known:
+        remember(cls, *what)
 
 
-for _cls in (*CONVOLUTIONS, nn.Dropout, nn.Identity, nn.Linear, nn.SiLU, nn.Sequential):
+for _cls in (nn.Dropout, nn.Identity, nn.Linear, nn.SiLU, nn.Sequential):
     know(_cls)
+for _cls in (nn.Conv2d, nn.Conv3d, nn.Conv1d):
+    know_convolution(_cls)
 know_norm(nn.GroupNorm, Norm())
 
 
@@ -158,6 +166,19 @@ def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
 def why_not_activation(act: nn.Module) -> Optional[str]:
     """The reason why ``act`` must be called, or None where it computes swish."""
     return why_not(act, type(act) if type(act) in _ACTIVATIONS else nn.SiLU)
+
+
+def is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> bool:
+    """Whether ``conv(x)`` is now ``conv._conv_forward(x, conv.weight, None)`` and its bias."""
+    cls = type(conv)
+    if cls not in _CONVOLUTIONS:
+        return False
+    why_not_now, conv_forward = _CONVOLUTIONS[cls]
+    if why_not(conv, cls, device) is not None or why_not_now(conv) is not None:
+        return False
+    if cls._conv_forward is not conv_forward or "_conv_forward" in conv.__dict__:
+        return False
+    return all(why_not_class(base) is None for base in cls.__mro__ if base in _CONVOLUTIONS)  # whose forward it calls
 
 
 def why_not_beside(norm: nn.Module, x: Tensor) -> Optional[str]:

@@ -99,16 +99,12 @@ def bias_left(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
     On CUDA PyTorch adds a convolution's bias in a kernel of its own, which reads and writes the whole tensor; on a CPU
     the convolution adds it on the way.
     """
-    if not _has_separate_bias(x) or ops.in_transform() or not _is_plain_convolution(conv, x.device):
+    if not _has_separate_bias(x) or ops.in_transform() or not pristine.is_plain_convolution(conv, x.device):
         return None
     bias, out_dtype = conv.bias, conv.weight.dtype
     if functional.is_autocast(x) and out_dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(x.device.type)
     return bias if bias is not None and functional.takes_beside(bias.dtype, out_dtype) else None
-
-
-def _is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> bool:
-    return type(conv) in pristine.CONVOLUTIONS and pristine.why_not(conv, type(conv), device) is None
 
 
 def _has_separate_bias(x: Tensor) -> bool:
@@ -215,7 +211,7 @@ def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Option
 def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
     """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
     device_type = x.device.type
-    if not functional.is_autocast(x) or not _is_plain_convolution(conv):
+    if not functional.is_autocast(x) or not pristine.is_plain_convolution(conv):
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return dtype if dtype == x.dtype or x.dtype == torch.float32 else None

@@ -1,5 +1,6 @@
 """Classes that nobody registered: known by the formula that their forward computes, and by nothing else."""
 
+import copy
 import os
 
 import numpy as np
@@ -149,6 +150,22 @@ def test_what_is_read_compiles_in_one_graph(name):
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         assert_close([run(*arguments)], [expected], 1e-4)
+
+
+def test_blocks_each_with_a_number_of_numpys_compile_in_one_graph():
+    model = nn.Sequential(*(block(numpy_factor) for _ in range(2)))
+    model[1].numpy_factor = np.sqrt(0.5)
+    x = random(2, 32, 6, 5, dtype=torch.float32)
+    expected = model(x)
+    ldm_fused.patch(model, strict=True)
+    torch._dynamo.reset()
+    for run in (model, copy.deepcopy(model)):
+        assert_close([torch.compile(run, backend="aot_eager", fullgraph=True)(x)], [expected], 1e-4)
+    model[0].numpy_factor = np.float64(2.0)
+    with ldm_fused.disabled():
+        expected = model(x)
+    assert_close([model(x)], [expected], 1e-4)
+    assert list(ldm_fused.report(model).fallbacks) == ["its numpy_factor has changed since it was read"]
 
 
 def test_dropout_that_goes_by_the_mode():

@@ -127,6 +127,23 @@ def test_a_class_with_ways_of_its_own_gives_unpatched_copies(make):
     assert torch.equal(other(x), expected) and swap.STATE not in vars(other)
 
 
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_pickle_says_what_is_missing_where_it_is_read(patched, tmp_path):
+    model = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 8, 1))
+    ldm_fused.patch(model)
+    if not patched:
+        ldm_fused.unpatch(model)
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    program = "import pickle, sys; sys.modules['ldm_fused'] = None; pickle.load(open(sys.argv[1], 'rb'))"
+    arguments = [sys.executable, "-c", program, str(tmp_path / "model.pickle")]
+    run = subprocess.run(arguments, capture_output=True, text=True)
+    if patched:
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith("ModuleNotFoundError") and "ldm_fused" in last
+    else:
+        assert run.returncode == 0, run.stderr
+
+
 def test_a_snapshot_of_such_classes_names_nothing_of_ours():
     model = randomize(Persistent())
     ldm_fused.patch(model)

@@ -591,7 +591,7 @@ class WrongAdapter(PreactAdapter):
 
 
 def test_register_block(registered):
-    assert ldm_fused.patch(Preact()).replaced[0][0] == "gn"  # only its norm, without the activation
+    assert ldm_fused.patch(Preact()).replaced == [("", Preact, ("gn",))]  # the norm and the activation behind it
     registered(Preact, PreactAdapter())
     patched, run = check(Preact().double(), (random(2, 32, 7),))
     assert patched.replaced == [("", Preact, ("gn",))] and run.share == 1

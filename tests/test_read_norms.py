@@ -160,6 +160,37 @@ def test_a_norm_that_computes_something_else_is_called_and_counted(cls):
     assert type(model[1]) is cls and torch.equal(model(x), expected)
 
 
+class InflatedGroupNorm(nn.GroupNorm):
+    """As AnimateDiff's, which goes by frame."""
+
+    def forward(self, x):
+        frames = x.shape[2]
+        x = super().forward(x.transpose(1, 2).flatten(0, 1))
+        return x.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+class Inflated(nn.Module):
+    """AnimateDiff's block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = InflatedGroupNorm(8, 32), InflatedGroupNorm(8, 32)
+        self.conv1, self.conv2 = nn.Conv3d(32, 32, 3, padding=1), nn.Conv3d(32, 32, 3, padding=1)
+        self.last = nn.GroupNorm(8, 32)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.last(x + self.conv2(F.silu(self.norm2(h))))
+
+
+def test_norms_that_go_by_frame_are_called_and_counted():
+    model, x = randomize(Inflated()).double(), random(2, 32, 3, 5, 4)
+    found, run = check(model, (x,))
+    assert [name for name, _, _ in found.replaced] == ["last"]
+    assert [name for name, _, _ in found.skipped] == ["norm1", "norm2"]
+    assert run.fused == 1 and run.share == pytest.approx(1 / 3) and sum(run.fallbacks.values()) == 2
+
+
 @pytest.fixture
 def register_norm():
     yield ldm_fused.register_norm

@@ -19,6 +19,8 @@ class Call:
         """``own`` is the class's function, with self; ``served`` the adapter's bound method, with the module."""
         theirs = list(inspect.signature(own).parameters.values())[1:]
         ours = list(inspect.signature(served).parameters.values())[1:]
+        if theirs and theirs[0].kind is inspect.Parameter.VAR_POSITIONAL:  # handed on to a base, whose names are ours
+            theirs = ours
         positional = [p for p in theirs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ours)
         self.count = min(len(ours), len(positional))

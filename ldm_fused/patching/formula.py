@@ -43,7 +43,6 @@ class Block(NamedTuple):
     modulation: Optional[Tuple[str, str]] = None  # the embedding's halves: "scale" and "shift" in their order
     cast: bool = False  # the embedding, to the dtype of what it is added to
     factor: float = 1.0
-    containers: Tuple[str, ...] = ()  # Sequentials whose layers these are
 
 
 class Reader:
@@ -269,7 +268,7 @@ def _block(r: Reader, order: int) -> Block:
         r.take(h)
         for h, added in (terms, terms[::-1]):
             if r.part(h) is not None:
-                conv1, embedding = h, r.embedding(r.views(added, rank))
+                conv1, embedding = h, r.embedding(r.views(_of_rank(added, rank), rank))
                 break
     cast = bool(r.cast_to)
     if r.part(conv1) is None:
@@ -303,7 +302,7 @@ def _block(r: Reader, order: int) -> Block:
             raise Unreadable(f"the embedding is cast to {node}'s dtype")
     r.finish()
     return Block(rank, norm1, act1, conv1.target, norm2, act2, conv2, dropout, shortcut, resample, resample_x,
-                 contiguous, embedding, halves, cast, factor, r.traced.containers)
+                 contiguous, embedding, halves, cast, factor)
 
 
 def _halves(r: Reader, modulation: Tuple[fx.Node, fx.Node], rank: int):
@@ -311,7 +310,7 @@ def _halves(r: Reader, modulation: Tuple[fx.Node, fx.Node], rank: int):
     found: Dict[int, str] = {}
     sources = []
     for name, node in zip(("scale", "shift"), modulation):
-        node = r.views(node, rank)
+        node = r.views(_of_rank(node, rank), rank)
         if not (_is(node, {operator.getitem}) and node.args[1] in (0, 1) and _is(node.args[0], CHUNK)):
             raise Unreadable(f"its {name} is no half of an embedding")
         found[node.args[1]] = name
@@ -323,6 +322,12 @@ def _halves(r: Reader, modulation: Tuple[fx.Node, fx.Node], rank: int):
     if sources[0] is not sources[1] or len(found) != 2:
         raise Unreadable("its scale and shift are not the halves of one embedding")
     return (found[0], found[1]), r.embedding(r.views(sources[0], rank))
+
+
+def _of_rank(node: Any, rank: int) -> Any:
+    if isinstance(node, fx.Node) and node.meta.get("rank") != rank:
+        raise Unreadable(f"{node} does not broadcast over the axes behind the second")
+    return node
 
 
 # ---- Norms and activations -------------------------------------------------------------------------------------------

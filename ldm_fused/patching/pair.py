@@ -11,7 +11,7 @@ import inspect
 import textwrap
 import threading
 from types import FunctionType
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,7 @@ class Norm(Adapter):
         frame.count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
-        y = functional.group_norm_act(input, norm.num_groups, norm.weight, norm.bias, norm.eps,
-                                      activation="silu" if frame.passes_on else None)
+        y = group_norm(norm, swap.original(type(norm)), input, "silu" if frame.passes_on else None)
         frame.pending = y if frame.passes_on else None
         return y
 
@@ -67,7 +66,7 @@ def _why_not_both(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
     reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
               or pristine.why_not_beside(norm, x) or _why_not_now(norm, cls))
     if reason is None and frame.act is not None:
-        reason = pristine.why_not_class(nn.SiLU) or pristine.why_not_hooked(frame.act)
+        reason = pristine.why_not_class(swap.original(type(frame.act))) or pristine.why_not_hooked(frame.act)
         reason = reason and f"its activation: {reason}"
     return reason
 
@@ -75,6 +74,14 @@ def _why_not_both(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
 def _why_not_now(norm: nn.Module, cls: type) -> Optional[str]:
     known = pristine.known_norm(norm, cls)
     return "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
+
+
+def group_norm(norm: nn.Module, cls: type, x: Tensor, activation: Optional[str]) -> Tensor:
+    """What a norm of the class ``cls`` that is known gives, by the op, in the dtype that the class gives."""
+    arguments = norm.num_groups, norm.weight, norm.bias, norm.eps
+    if pristine.known_norm(norm, cls).keeps_dtype:
+        return functional.group_norm_act_as(None, x, *arguments, activation=activation)
+    return functional.group_norm_act(x, *arguments, activation=activation)
 
 
 class Act(Adapter):
@@ -103,10 +110,16 @@ class Parent(Adapter):
         self.norm, self.act = norm, act
 
     def why_not(self, parent: nn.Module) -> Optional[str]:
-        norm, act = getattr(parent, self.norm), getattr(parent, self.act)
-        if type(norm) is not nn.GroupNorm:
-            return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
-        return None if type(act) is nn.SiLU else f"{self.act} is a {type(act).__name__}, not SiLU"
+        norm = getattr(parent, self.norm)
+        known = pristine.known_norm(norm)
+        if known is None or known.activated:
+            return f"{self.norm} is a {type(norm).__name__}, no norm that is known"
+        return self.why_not_activation(parent)
+
+    def why_not_activation(self, parent: nn.Module) -> Optional[str]:
+        act = getattr(parent, self.act, None)
+        known = isinstance(act, nn.Module) and pristine.is_activation(act)
+        return None if known else f"{self.act} is a {type(act).__name__}, not SiLU"
 
     def sites(self, parent: nn.Module) -> Sequence[str]:
         return (self.norm,) if getattr(parent, self.norm, None) is not None else ()
@@ -147,30 +160,15 @@ class Parent(Adapter):
 
 
 class ParentOfFunction(Parent):
-    """The same where the activation is a function of the file that the parent's class is in.
+    """The same where the activation is a global function, such as ``nonlinearity`` or ``F.silu``.
 
     The class's forward is run with that one name meaning a function that passes on what is activated already. While
-    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused. What the forward
-    does with the norm is read in its source (:func:`function_behind`), so that any class may have it.
+    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused.
     """
 
-    def __init__(self, norm: str) -> None:
-        self.norm = norm
-
-    def act(self, parent: nn.Module) -> Optional[str]:
-        return function_behind(swap.original(type(parent)).forward, self.norm)
-
-    def sites(self, parent: nn.Module) -> Sequence[str]:
-        return (self.norm,)
-
-    def why_not(self, parent: nn.Module) -> Optional[str]:
-        norm, forward = getattr(parent, self.norm, None), type(parent).forward
-        if norm is None or pristine.known_norm(norm) is None or pristine.known_norm(norm).activated:
-            return f"{self.norm} is a {type(norm).__name__}, not a plain GroupNorm"
-        act = self.act(parent)
-        if act is None:
-            return f"its forward does not call a function of its file on what {self.norm} gives, and nothing else"
-        return None if pristine.is_swish(forward.__globals__[act]) else f"{act} is not swish"
+    def why_not_activation(self, parent: nn.Module) -> Optional[str]:
+        act = _global(swap.original(type(parent)).forward, self.act)
+        return None if isinstance(act, FunctionType) and pristine.is_swish(act) else f"{self.act} is not swish"
 
     def parts(self, parent: nn.Module):
         return {self.norm: Norm()}
@@ -184,42 +182,103 @@ class ParentOfFunction(Parent):
     def body(self, parent: nn.Module, frame: _Frame, *args, **kwargs):
         if not frame.passes_on:
             return swap.as_before(parent, *args, **kwargs)
-        return _renamed(swap.original(type(parent)).forward, self.act(parent))(parent, *args, **kwargs)
+        return _renamed(swap.original(type(parent)).forward, self.act)(parent, *args, **kwargs)
 
 
-def _renamed(forward: FunctionType, name: str) -> FunctionType:
-    """``forward`` with the global ``name`` meaning a function that passes on what is activated already."""
-    act = forward.__globals__[name]
-    names = {**forward.__globals__, name: lambda x: x if _seen(x) else act(x)}
-    renamed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+def _global(forward: FunctionType, path: str) -> Any:
+    """What the dotted name ``path`` means in ``forward``, as long as it is global; or None."""
+    first, *others = path.split(".")
+    found = getattr(forward, "__globals__", {}).get(first)
+    for name in others:
+        found = getattr(found, name, None)
+    return found
+
+
+def _renamed(forward: FunctionType, path: str) -> FunctionType:
+    """``forward`` with the global ``path`` meaning a function that passes on what is activated already."""
+    act = _global(forward, path)
+    name, _, others = path.partition(".")
+    passing = _Beside(forward.__globals__[name], others, lambda x: x if _seen(x) else act(x)).meaning()
+    renamed = FunctionType(forward.__code__, {**forward.__globals__, name: passing}, forward.__name__,
+                           forward.__defaults__, forward.__closure__)
     renamed.__kwdefaults__ = forward.__kwdefaults__
     return renamed
 
 
-@functools.lru_cache(maxsize=256)
-def function_behind(forward: Callable, norm: str) -> Optional[str]:
-    """The name of the global function that ``forward`` calls on what ``self.norm(...)`` gives, or None.
+class _Beside:
+    """A module of functions in which one dotted name means another function."""
 
-    Its source must say ``function(self.norm(...))``, or ``h = self.norm(...)`` and ``h = function(h)`` (or
-    ``h = [function(h)]``) in one statement behind the other, and name that norm nowhere else.
+    def __init__(self, module: Any, path: str, function: Callable) -> None:
+        self._module, self._path, self._function = module, path, function
+
+    def meaning(self) -> Any:
+        return self if self._path else self._function
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        first, _, others = self._path.partition(".")
+        return _Beside(found, others, self._function).meaning() if name == first else found
+
+
+def parent_of(module: nn.Module) -> Optional[Parent]:
+    """The adapter for a module whose forward calls swish on what one of its norms gives, and nothing else on that, as
+    its source tells; or None."""
+    found = []
+    for norm, part in module._modules.items():
+        known = None if part is None else pristine.known_norm(part)
+        if known is None or known.activated:
+            continue
+        act = activation_behind(type(module).forward, norm)
+        if act is not None:
+            own, _, name = act.partition(".")
+            found.append(Parent(norm, name) if own == "self" else ParentOfFunction(norm, act))
+    return found[0] if len(found) == 1 and found[0].why_not(module) is None else None
+
+
+@functools.lru_cache(maxsize=1024)
+def activation_behind(forward: Callable, norm: str) -> Optional[str]:
+    """The dotted name, such as "nonlinearity", "F.silu" or "self.act", of what ``forward`` calls on what
+    ``self.norm(...)`` gives; or None.
+
+    Its source must say ``act(self.norm(...))``, or ``h = self.norm(...)`` and ``h = act(h)`` (or ``h = [act(h)]``) in
+    one statement behind the other, and name that norm nowhere else but to ask whether it is there.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return None
-    if sum(isinstance(node, ast.Attribute) and node.attr == norm for node in ast.walk(tree)) != 1:
+    nodes = list(ast.walk(tree))
+    asked = {id(_asked(node.test)) for node in nodes if isinstance(node, (ast.If, ast.IfExp))}
+    if sum(isinstance(node, ast.Attribute) and node.attr == norm and id(node) not in asked for node in nodes) != 1:
         return None
-    for node in ast.walk(tree):
+    if any(isinstance(node, ast.Global) for node in nodes):  # it would write to other names when run with them changed
+        return None
+    for node in nodes:
         match node:
-            case ast.Call(ast.Name(act), [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])],
-                          []) if name == norm:
-                return act if isinstance(forward.__globals__.get(act), FunctionType) else None
+            case ast.Call(act, [ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])], []) if name == norm:
+                return _dotted(act)
         for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for first, second in zip(block, block[1:]) if isinstance(block, list) else ():
                 match first, second:
                     case (ast.Assign([ast.Name(h)], ast.Call(ast.Attribute(ast.Name("self"), name), [_], [])),
-                          ast.Assign([ast.Name(g)], ast.Call(ast.Name(act), [ast.Name(argument)], [])
-                                     | ast.List([ast.Call(ast.Name(act), [ast.Name(argument)], [])]))
+                          ast.Assign([ast.Name(g)], ast.Call(act, [ast.Name(argument)], [])
+                                     | ast.List([ast.Call(act, [ast.Name(argument)], [])]))
                           ) if name == norm and h == g == argument:
-                        return act if isinstance(forward.__globals__.get(act), FunctionType) else None
+                        return _dotted(act)
     return None
+
+
+def _asked(test: ast.AST) -> ast.AST:
+    """What a test asks to be there."""
+    match test:
+        case ast.Compare(left, [ast.Is() | ast.IsNot()], [ast.Constant(None)]):
+            return left
+    return test
+
+
+def _dotted(node: ast.AST) -> Optional[str]:
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else None

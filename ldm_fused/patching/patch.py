@@ -8,10 +8,10 @@ from torch.nn.parameter import is_lazy
 
 from ..modules import StandIn, UnsupportedBlock
 from .. import pristine
-from . import learn, source, swap, trial
+from . import learn, pair, source, swap, trial
 from .adapter import Adapter, registered
 from .adapter import norms as registered_norms
-from .adapters import formula, known_classes, ldm
+from .adapters import edm, formula, known_classes
 from .adapters.plain import Left, Norm
 from .site import STATE
 
@@ -185,7 +185,7 @@ class _Plan:
             self.claim(module, adapter)
 
     def blocks(self, name: str, module: nn.Module) -> None:
-        adapter = self.classes.get(type(module))
+        adapter = self.classes.get(type(module)) or edm.adapter_of(module)
         if type(module) is StandIn:  # it is fused as it is
             self.seen.update(id(part) for part in module.modules())
             return
@@ -221,6 +221,7 @@ class _Plan:
                 self.unread[id(module)] = reason
         elif not module._modules and not type(module).__module__.startswith("torch."):
             learn.activation(module)
+            learn.convolution(module)
 
     def read(self, name: str, module: nn.Module) -> None:
         """A block whose class is not known, by its formula; each class and what its branches read once."""
@@ -240,7 +241,7 @@ class _Plan:
         self.choose(name, module, adapter)
 
     def ends(self, name: str, module: nn.Module) -> None:
-        adapter = ldm.end(module)
+        adapter = pair.parent_of(module)
         if adapter is not None:
             self.choose(name, module, adapter)
 

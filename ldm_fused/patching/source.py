@@ -201,7 +201,12 @@ def told(module: nn.Module, path: str) -> Any:
 
 
 def is_simple(value: Any) -> bool:
-    return isinstance(value, _SIMPLE) or type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0
+    return isinstance(value, _SIMPLE) or is_numpys(value)
+
+
+def is_numpys(value: Any) -> bool:
+    """Whether it is a number of numpy's, which compilers take for a tensor: what branches on it cannot be compiled."""
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0
 
 
 def deciding(module: nn.Module, sources: List[Source]) -> Tuple[str, ...]:

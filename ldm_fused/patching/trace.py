@@ -18,7 +18,6 @@ class Traced(NamedTuple):
     inputs: Tuple[fx.Node, ...]
     names: Tuple[str, ...]  # of the attributes that decide
     has_modes: bool  # whether ``training`` does
-    containers: Tuple[str, ...]  # the Sequentials whose layers are nodes
 
 
 def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
@@ -58,7 +57,7 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
             gc.enable()
     sources += [source.read(code, cls) for code in called]
     has_modes = any("training" in s.read or "training" in s.tested for s in sources)
-    return Traced(graph, tuple(tracer.inputs), source.deciding(module, sources), has_modes, tuple(tracer.containers))
+    return Traced(graph, tuple(tracer.inputs), source.deciding(module, sources), has_modes)
 
 
 _TRUSTED = {"torch", "numpy", "einops", *sys.stdlib_module_names}
@@ -92,7 +91,6 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.traced_func_name, self.arguments = method, arguments
         self.inputs: List[fx.Node] = []
-        self.containers: List[str] = []
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         values = [self.root]
@@ -110,11 +108,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if not any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
             return forward(*args, **kwargs)  # of another thread
-        if type(m) is nn.Sequential:  # its layers, or those of a slice of it
-            name = self.submodule_paths.get(m) if self.submodule_paths else None
-            if name is not None:
-                self.containers.append(name)
-            return forward(*args, **kwargs)
+        if type(m) is nn.Sequential:  # its layers, or those of a slice of it; hooks are looked at in each call
+            return nn.Sequential.forward(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node):
@@ -168,6 +163,8 @@ class _Shape:
 def _rank(node: fx.Node) -> Optional[int]:
     ranks = [a.meta.get("rank") for a in node.all_input_nodes]
     first = ranks[0] if ranks else None
+    if node.op == "call_method" and node.target in ("to", "type", "type_as"):
+        return first
     if node.target is operator.getitem and first is not None:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         if node.args[0].target in ("chunk", torch.chunk):

@@ -22,6 +22,8 @@ FILES = {
     "training.networks": "edm_networks.py",
     "flux.modules.autoencoder": "flux_autoencoder.py",
     "comfy.ops": "comfy_ops.py",
+    "ldm_patched.modules.ops": "comfy_ops.py",
+    "backend.operations": "comfy_ops.py",
     "comfy.ldm.modules.diffusionmodules.model": "comfy_model.py",
     "somebodys.ddpm": "ddpm_blocks.py",
     "somebodys.copy": "ldm_model.py",  # a private copy of the LDM model file

@@ -29,6 +29,24 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.kernel // 2)
 
 
+class Attention(torch.autograd.Function):
+    """Weights that are computed in float32, whatever they are of, in both passes."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        scores = q.transpose(1, 2).to(torch.float32) @ (k * k.shape[1] ** -0.5).to(torch.float32)
+        w = scores.softmax(2).to(q.dtype)
+        ctx.save_for_backward(q, k, w)
+        return w
+
+    @staticmethod
+    def backward(ctx, dw):
+        q, k, w = ctx.saved_tensors
+        ds = torch._softmax_backward_data(grad_output=dw.to(torch.float32), output=w.to(torch.float32), dim=2,
+                                          input_dtype=torch.float32) * k.shape[1] ** -0.5
+        return (k.to(torch.float32) @ ds.mT).to(q.dtype), (q.to(torch.float32) @ ds).to(k.dtype)
+
+
 class UNetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, num_heads=0, dropout=0.0,
                  skip_scale=1.0, adaptive_scale=True):
@@ -56,11 +74,11 @@ class UNetBlock(nn.Module):
             x = F.silu(self.norm1(x) * (scale + 1) + shift)
         else:
             x = F.silu(self.norm1(x + params))
-        x = self.conv1(F.dropout(x, self.dropout, self.training))
+        x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
         x = (x + (before if self.skip is None else self.skip(before))) * self.skip_scale
         if self.num_heads:
             qkv = self.qkv(self.norm2(x)).reshape(x.shape[0] * self.num_heads, x.shape[1] // self.num_heads, 3, -1)
             q, k, v = qkv.unbind(2)
-            w = torch.einsum("ncq,nck->nqk", q, k / k.shape[1] ** 0.5).softmax(2)
+            w = Attention.apply(q, k)
             x = (self.proj(torch.einsum("nqk,nck->ncq", w, v).reshape(x.shape)) + x) * self.skip_scale
         return x

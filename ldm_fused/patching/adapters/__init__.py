@@ -7,24 +7,24 @@ from typing import Dict
 
 from ... import pristine
 from ..adapter import Adapter, imported
-from . import comfy, diffusers, edm, ldm, monai, openai, plain
+from . import comfy, diffusers, ldm, plain
 
 CLASSES: Dict[str, Adapter] = {}
 NORMS: Dict[str, pristine.Norm] = {}
-ACTIVATIONS = []
-for _library in (plain, ldm, openai, diffusers, edm, monai, comfy):
+CONVOLUTIONS: Dict[str, pristine.WhyNot] = {}
+for _library in (plain, ldm, diffusers, comfy):
     CLASSES.update(getattr(_library, "CLASSES", {}))
     NORMS.update(getattr(_library, "NORMS", {}))
-    ACTIVATIONS.extend(getattr(_library, "ACTIVATIONS", ()))
+    CONVOLUTIONS.update(getattr(_library, "CONVOLUTIONS", {}))
 
 
 def known_classes() -> Dict[type, Adapter]:
     """The classes that exist now and have an adapter. They are looked for among what is imported, and nothing is
     imported for it: a class whose file was not has no instances."""
-    for path in ACTIVATIONS:
+    for path, why_not_now in CONVOLUTIONS.items():
         cls = imported(path)
         if cls is not None:
-            pristine.know_activation(cls)
+            pristine.know_convolution(cls, why_not_now)
     for path, norm in NORMS.items():
         cls = imported(path)
         if cls is not None:

@@ -1,22 +1,25 @@
-"""ComfyUI: its own classes for PyTorch's layers, served while they cast no weights. Its blocks are read."""
+"""ComfyUI, Fooocus and Forge: their own classes for PyTorch's layers, fused while they cast no weights. Their blocks are
+read."""
 
 from typing import Optional
 
 from torch import nn
 
 from ... import pristine
-from . import openai
 from .plain import Norm
 
 
-def why_not_now(norm: nn.Module) -> Optional[str]:
-    """The reason why a layer of ``comfy.ops`` does more than PyTorch's, or None."""
-    if getattr(norm, "weight_function", ()) or getattr(norm, "bias_function", ()):
+def why_not_now(layer: nn.Module) -> Optional[str]:
+    """The reason why a layer does more than PyTorch's, or None."""
+    if getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ()):
         return "its weights go through functions first"
-    return "its weights are cast in each call" if getattr(norm, "comfy_cast_weights", False) else None
+    if getattr(layer, "comfy_cast_weights", False) or getattr(layer, "parameters_manual_cast", False):
+        return "its weights are cast in each call"
+    return None
 
 
-OPS = ("disable_weight_init", "manual_cast")
-NORMS = {f"comfy.ops.{ops}.GroupNorm": pristine.Norm(why_not_now=why_not_now) for ops in OPS}
-CLASSES = {"comfy.ldm.modules.diffusionmodules.openaimodel.ResBlock": openai.ResBlock(),
-           **{name: Norm() for name in NORMS}}
+FILES = tuple(f"{file}.{ops}" for file in ("comfy.ops", "ldm_patched.modules.ops")
+              for ops in ("disable_weight_init", "manual_cast")) + ("backend.operations.ForgeOperations",)
+NORMS = {f"{file}.GroupNorm": pristine.Norm(why_not_now=why_not_now) for file in FILES}
+CONVOLUTIONS = {f"{file}.Conv{i}d": why_not_now for file in FILES for i in (1, 2, 3)}
+CLASSES = {name: Norm() for name in NORMS}

@@ -148,26 +148,14 @@ class CogVideoXBlock(Block):
         return resnet(block, inputs, **parts, temb=temb), after
 
 
-PARENTS = {
-    "autoencoders.vae": ("Encoder", "Decoder", "MaskConditionDecoder"),
-    "autoencoders.autoencoder_kl_temporal_decoder": ("TemporalDecoder",),
-    "autoencoders.autoencoder_kl_hunyuan_video": ("HunyuanVideoEncoder3D", "HunyuanVideoDecoder3D"),
-    "autoencoders.autoencoder_kl_allegro": ("AllegroEncoder3D", "AllegroDecoder3D"),
-    "unets.unet_2d": ("UNet2DModel",),
-    "unets.unet_2d_condition": ("UNet2DConditionModel",),
-    "unets.unet_3d_condition": ("UNet3DConditionModel",),
-    "unets.unet_motion_model": ("UNetMotionModel",),
-    "unets.unet_i2vgen_xl": ("I2VGenXLUNet",),
-    "unets.unet_spatio_temporal_condition": ("UNetSpatioTemporalConditionModel",),
-}
 CLASSES = {
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
     "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
-    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXEncoder3D": Parent("norm_out", "conv_act"),
-    **{f"diffusers.models.{file}.{name}": Parent("conv_norm_out", "conv_act")
-       for file, names in PARENTS.items() for name in names},
+    # Where the norm takes one argument or two. Other ends are read.
+    "diffusers.models.autoencoders.vae.Decoder": Parent("conv_norm_out", "conv_act"),
+    "diffusers.models.autoencoders.vae.MaskConditionDecoder": Parent("conv_norm_out", "conv_act"),
 }
 # GroupNorm without weight and bias, then scale and shift, which its block computes.
 NORMS = {"diffusers.models.normalization.AdaGroupNorm": pristine.Norm()}

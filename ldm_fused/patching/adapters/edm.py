@@ -1,21 +1,47 @@
-"""NVIDIA's EDM: the block of its UNets, with its own GroupNorm class, and attention where it has some."""
+"""NVIDIA's EDM: the block of its UNets where it ends in attention. Without, it is read."""
 
+from types import FunctionType
 from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import functional, pristine
+from ... import pristine
 from ...route import decided
-from .. import site
+from .. import site, source, swap
 from ..adapter import Adapter
+from ..pair import group_norm
 from ..resnet import resnet
 
+READS = {"adaptive_scale", "affine", "conv0", "conv1", "dropout", "norm0", "norm1", "norm2", "num_heads", "proj", "qkv",
+         "skip", "skip_scale", "training"}
 
-class UNetBlock(Adapter):
+
+def adapter_of(module: nn.Module) -> Optional[Adapter]:
+    """The adapter of a block with attention, or None.
+
+    Networks come from pickles that bring their classes with them, in files whose names are made up. So a class is known
+    by the name that its file gives it, and by its source: it reads the same attributes, and branches on nothing else.
+    """
+    cls = type(module)
+    if getattr(cls, "_orig_class_name", cls.__name__) != "UNetBlock" or not getattr(module, "num_heads", 0):
+        return None
+    if not isinstance(cls.forward, FunctionType):
+        return None
+    try:
+        read = set(source.read(cls.forward.__code__, cls).read)
+    except source.Unreadable:
+        return None
+    return AttentionBlock(module.skip_scale) if read == READS else None
+
+
+class AttentionBlock(Adapter):
+    def __init__(self, skip_scale: float) -> None:
+        self.is_numpys, self.skip_scale = source.is_numpys(skip_scale), float(skip_scale)
+
     def sites(self, block: nn.Module) -> Sequence[str]:
-        return ("norm0", "norm1", "norm2") if block.num_heads else ("norm0", "norm1")
+        return "norm0", "norm1", "norm2"
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         norms = [getattr(block, name) for name in self.sites(block)]
@@ -23,7 +49,7 @@ class UNetBlock(Adapter):
         return f"its norm is {unknown[0]}" if unknown else None
 
     def variant(self, block: nn.Module):
-        return (block.adaptive_scale, block.num_heads, block.skip_scale, block.skip is None,
+        return (block.adaptive_scale, block.num_heads, block.skip is None,
                 *(getattr(block.conv0, name, None) for name in ("up", "down")))
 
     def example(self, block: nn.Module):
@@ -31,28 +57,24 @@ class UNetBlock(Adapter):
                 torch.randn(2, block.emb_channels, dtype=torch.float64))
 
     def forward(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if not (self.is_numpys and torch.compiler.is_compiling()) and block.skip_scale != self.skip_scale:
+            site.count_unseen(block, "its skip_scale has changed since it was read")
+            return swap.as_before(block, x, emb)
         params, modulate = block.affine(emb).to(x.dtype), None
         if block.adaptive_scale:
             modulate, params = dict(zip(("scale", "shift"), params.chunk(2, dim=1))), None
         drops = block.training and block.dropout > 0
         x = resnet(block, x, norm1=block.norm0, conv1=block.conv0, norm2=block.norm1, conv2=block.conv1,
                    dropout=(lambda h: F.dropout(h, p=block.dropout)) if drops else None, shortcut=block.skip,
-                   temb=params, modulate2=modulate, divisor=1 / block.skip_scale)
-        return self.attention(block, x) if block.num_heads else x
+                   temb=params, modulate2=modulate, divisor=1 / self.skip_scale)
+        return self.attention(block, x)
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
-        norm, count = block.norm2, site.sites(block)[2].count
+        norm = block.norm2
         reason = decided(pristine.why_not_norm, norm, x)
-        count(x, reason)
-        if reason is None:
-            h = functional.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)
-        else:
-            h = norm(x)
+        site.sites(block)[2].count(x, reason)
+        h = norm(x) if reason is not None else group_norm(norm, type(norm), x, None)
         # (N, heads, channels a head, 3, pixels)
         q, k, v = block.qkv(h).unflatten(1, (block.num_heads, -1, 3)).flatten(4).transpose(2, 4).unbind(3)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
-        return (block.proj(h) + x) * block.skip_scale
-
-
-CLASSES = {"training.networks.UNetBlock": UNetBlock()}
-NORMS = {"training.networks.GroupNorm": pristine.Norm()}
+        return (block.proj(h) + x) * self.skip_scale

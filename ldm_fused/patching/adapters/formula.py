@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class Formula(Adapter):
                  default: Any, blocks: Dict[Key, formula.Block]) -> None:
         self.method, self.names, self.told, self.has_modes = method, names, told, has_modes
         self.takes, self.default, self.blocks = takes, default, blocks
+        self.numpys = {name for name, value in zip(names, told) if source.is_numpys(value)}
+        self.containers = {known: _containers(known) for known in blocks.values()}
 
     def sites(self, block: nn.Module) -> Sequence[str]:
         known = next(iter(self.blocks.values()))
@@ -85,24 +87,21 @@ class Formula(Adapter):
         if known is None or not isinstance(emb, Tensor) and emb is not self.default and emb != self.default:
             return "its second argument is another than was read"
         for name, value in zip(self.names, self.told):
+            if name in self.numpys and torch.compiler.is_compiling():
+                continue
             now = source.told(block, name)
             if now is not value and now != value:
                 return f"its {name} has changed since it was read"
         if x.dim() != known.rank or isinstance(emb, Tensor) and emb.dim() != 2:
             return "its arguments have other dimensions than were read"
-        for path in known.containers:
+        for path, layers in self.containers[known].items():
             container = _part(block, path)
             reason = pristine.why_not(container, nn.Sequential)
-            if reason is None and any(name not in self.names_in(known, path) for name in container._modules):
+            if reason is None and not container._modules.keys() <= layers:
                 reason = f"it has {len(container)} layers"
             if reason is not None:
                 return f"its {path}: {reason}"
         return None
-
-    def names_in(self, known: formula.Block, path: str) -> List[str]:
-        """Of the layers of a Sequential that have a role."""
-        roles = [value for value in (*known, *(known.embedding or ())) if isinstance(value, str)]
-        return [role[len(path) + 1:].split(".")[0] for role in roles if role.startswith(path + ".")]
 
 
 def _part(block: nn.Module, path: Optional[str]) -> Optional[nn.Module]:
@@ -111,6 +110,17 @@ def _part(block: nn.Module, path: Optional[str]) -> Optional[nn.Module]:
     for name in path.split("."):
         block = block._modules[name]
     return block
+
+
+def _containers(known: formula.Block) -> Dict[str, Set[str]]:
+    """The names of the layers that have a role, by the paths of the Sequentials that hold them."""
+    found: Dict[str, Set[str]] = {}
+    for role in (*known, *(known.embedding or ())):
+        path, _, name = role.rpartition(".") if isinstance(role, str) else ("", "", "")
+        while path:
+            found.setdefault(path, set()).add(name)
+            path, _, name = path.rpartition(".")
+    return found
 
 
 def looks_like_a_block(module: nn.Module) -> bool:

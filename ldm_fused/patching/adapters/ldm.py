@@ -1,5 +1,5 @@
-"""Our own blocks, and the end of an autoencoder: norm, swish by a function, convolution. Other blocks of CompVis'
-latent-diffusion and stable-diffusion, taming-transformers, generative-models and copies of their file are read."""
+"""Our own blocks. Those of CompVis' latent-diffusion and stable-diffusion, taming-transformers, generative-models and
+copies of their file are read."""
 
 from typing import Optional, Sequence
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ... import reference
 from .. import swap
 from ..adapter import Adapter
-from ..pair import ParentOfFunction
 from ..resnet import resnet
 
 
@@ -46,11 +45,6 @@ def channels(norm: nn.Module) -> int:
     return getattr(norm, "num_channels", None) or next(p.shape[0] for p in norm.parameters())
 
 
-def end(module: nn.Module) -> Optional[Adapter]:
-    """The adapter for a module that ends in ``norm_out`` and swish, whatever its class, or None; its source tells."""
-    return END if "norm_out" in module._modules and END.why_not(module) is None else None
-
-
-BLOCK, END = FusedBlock(), ParentOfFunction("norm_out")
+BLOCK = FusedBlock()
 CLASSES = {"ldm_fused.reference.ResnetBlock": BLOCK, "ldm_fused.modules.FusedResnetBlock": BLOCK,
            "ldm_fused.compat.ldm.ResnetBlock": BLOCK}

@@ -5,11 +5,12 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ... import functional, pristine
+from ... import pristine
 from ...resnet import norm_swish
 from ...route import decided
 from .. import site, swap
 from ..adapter import Adapter
+from ..pair import group_norm
 
 
 class Norm(Adapter):
@@ -39,11 +40,7 @@ class Norm(Adapter):
         site.sites(norm)[0].count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
-        weight, bias, activation = norm.weight, norm.bias, "silu" if known.activated else None
-        if known.keeps_dtype:
-            return functional.group_norm_act_as(None, input, norm.num_groups, weight, bias, norm.eps,
-                                                activation=activation)
-        return functional.group_norm_act(input, norm.num_groups, weight, bias, norm.eps, activation=activation)
+        return group_norm(norm, swap.original(type(norm)), input, "silu" if known.activated else None)
 
     def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
         """The reason why it must be called, or None."""
