@@ -14,7 +14,9 @@ import subprocess
 import sys
 import sysconfig
 
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/group_norm_act.cpp", "csrc/cpu/bias_add_residual.cpp",
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/isa.cpp",
+           *(f"csrc/cpu/{op}.cpp" for op in ("group_norm_act", "group_norm_act_backward", "bias_add_residual",
+                                             "channel_sums")),
            *(f"csrc/cpu/kernels_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512_bf16"))]
 CUDA_SOURCES = ["csrc/cuda/group_norm_act.cu", "csrc/cuda/bias_add_residual.cu"]  # those with kernels
 CUDA_HOST_SOURCES = ["csrc/cuda/device.cpp"]

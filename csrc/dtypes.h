@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -37,6 +38,27 @@ struct AccumulateOf<double> {
 };
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;  // of sums, statistics and the arithmetic in between
+
+// The pairs that the ops accept: the same dtype twice, or float32 with a 16-bit one.
+inline bool is_pair(Dtype x, Dtype y) { return x == y || size_of(x) + size_of(y) == 6; }
+
+// Calls f with a value of the storage type of each dtype. Only pairs that the ops accept are compiled.
+template <class F>
+auto dispatch_pair(Dtype x, Dtype y, F&& f) {
+  if (x == y) {
+    switch (x) {
+      case Dtype::float64: return f(double{}, double{});
+      case Dtype::float32: return f(float{}, float{});
+      case Dtype::float16: return f(Half{}, Half{});
+      case Dtype::bfloat16: return f(BFloat16{}, BFloat16{});
+    }
+  }
+  if (x == Dtype::float16 && y == Dtype::float32) return f(Half{}, float{});
+  if (x == Dtype::bfloat16 && y == Dtype::float32) return f(BFloat16{}, float{});
+  if (x == Dtype::float32 && y == Dtype::float16) return f(float{}, Half{});
+  if (x == Dtype::float32 && y == Dtype::bfloat16) return f(float{}, BFloat16{});
+  throw std::invalid_argument("there is no kernel for this pair of dtypes");
+}
 
 LDM_FUSED_HD uint32_t bits_of(float value) {
   uint32_t bits;

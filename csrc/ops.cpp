@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
   m.def(
       "group_norm_act_inference(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
       "Tensor y");
-  // Gradients of what output_mask names: x, weight, bias, pre_bias, scale, shift. One not wanted has no elements. Added
-  // to dx, before it is rounded, is what reaches x by another way: dx_shortcut, of x's dtype.
+  // Gradients of what output_mask names: x, weight, bias, pre_bias, scale, shift. One not wanted has no elements. The
+  // shortcut's gradient, dx_shortcut, has x's dtype and is added to dx before that is rounded.
   m.def(
       "group_norm_act_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool silu, "
       "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, Tensor? dx_shortcut=None, "

@@ -1,22 +1,29 @@
-// What the op is given, without torch: shape, layout and per-channel parameters. Shared by the CPU and CUDA kernels.
+// What an op's kernels are given, and the arithmetic of one channel: the CPU and the CUDA kernels share both. No torch.
 #pragma once
 
 #include <initializer_list>
 
-#include "dtypes.h"
+#include "dropout.h"
 
 namespace ldm_fused {
+
+LDM_FUSED_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LDM_FUSED_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Shape {
   int64_t batch, channels, spatial;  // x is (batch, channels, spatial), or channels_last (batch, spatial, channels)
   int64_t groups;
   bool channels_last;
 
-  // Divisions of 32 bits, of which kernels do one a channel: there are fewer than 2^31 channels.
+  // Kernels divide once a channel. There are fewer than 2^31 channels, and a division of 32 bits is the cheaper one.
   LDM_FUSED_HD uint32_t channels_per_group() const { return uint32_t(channels) / uint32_t(groups); }
   LDM_FUSED_HD int64_t group(int64_t n, int64_t c) const { return n * groups + uint32_t(c) / channels_per_group(); }
   LDM_FUSED_HD int64_t rows() const { return batch * channels; }
   LDM_FUSED_HD int64_t elements() const { return rows() * spatial; }
+  bool is_empty() const { return elements() == 0; }
+
+  // Whether kernels walk columns, pixels of all channels one after the other, or else rows, runs of one channel.
+  bool walks_columns() const { return channels_last || spatial == 1; }
 };
 
 // An optional per-channel parameter, (C,) or (N, C), in a dtype of its own.
@@ -24,6 +31,8 @@ struct Parameter {
   const void* data;  // null: absent
   Dtype dtype;
   int64_t batch_stride;  // 0 for (C,), C for (N, C)
+
+  int bytes() const { return data ? size_of(dtype) : 0; }  // of one channel
 
   template <class A>
   LDM_FUSED_HD A load(int64_t n, int64_t c, A absent) const {
@@ -63,7 +72,7 @@ struct Affine {
 
   int64_t bytes_per_channel() const {
     int64_t bytes = 0;
-    for (const Parameter* p : {&weight, &bias, &pre_bias, &scale, &shift}) bytes += p->data ? size_of(p->dtype) : 0;
+    for (const Parameter* p : {&weight, &bias, &pre_bias, &scale, &shift}) bytes += p->bytes();
     return bytes;
   }
 };
@@ -89,6 +98,23 @@ LDM_FUSED_HD ChannelAffine<A> channel_affine(const Affine& affine, int64_t n, in
   return {mean - affine.pre_bias.load<A>(n, c, 0), rstd * affine.weight.load<A>(n, c, 1) * gain,
           affine.bias.load<A>(n, c, 0) * gain + affine.shift.load<A>(n, c, 0)};
 }
+
+// Count, mean and sum of squared deviations, merged as Chan, Golub and LeVeque (1979) do: no E[x^2] - E[x]^2 that
+// would cancel, and no sum of x that would overflow before x does.
+template <class A>
+struct Moments {
+  A count, mean, m2;
+
+  LDM_FUSED_HD void merge(const Moments& other) {
+    if (other.count == A(0)) return;
+    const A total = count + other.count;
+    const A part = other.count / total;
+    const A delta = other.mean - mean;
+    mean += delta * part;
+    m2 += other.m2 + (delta * part) * (delta * count);  // not delta^2: infinity times an empty count would be NaN
+    count = total;
+  }
+};
 
 // Sums of the backward pass over one channel of one sample, or a chunk of it. With dz = dy * activation'(u), they give
 // the gradients of the input and of all parameters.
@@ -146,6 +172,56 @@ struct ParameterGradients {
     gradients.bias.store(0, c, bias);
     if (!gradients.pre_bias.batch_stride) gradients.pre_bias.store(0, c, pre_bias);
   }
+};
+
+// ---- Ops ------------------------------------------------------------------------------------------------------
+// What the kernels of each op are given, on every device. All tensors of x's size have x's layout. A is the type of the
+// arithmetic, Accumulate<X>.
+
+struct ForwardArgs {
+  const void* x;  // in, of x_dtype
+  void* y;        // out, of y_dtype
+  void* mean;     // out, (N, G) of A: mean of x + pre_bias; null: not wanted
+  void* rstd;     // out, (N, G) of A: 1 / sqrt(var + eps); null with mean
+  Affine affine;  // in
+  Shape shape;
+  Dtype x_dtype, y_dtype;
+  double eps;
+  Dropout dropout;
+  bool silu;
+};
+
+struct BackwardArgs {
+  const void* dy;        // in, of dy_dtype
+  const void* x;         // in, of x_dtype
+  const void* mean;      // in, (N, G) of A
+  const void* rstd;      // in, (N, G) of A
+  const void* shortcut;  // in, of x_dtype: added to dx; null: nothing
+  void* dx;              // out, of x_dtype; null: not wanted
+  Affine affine;         // in
+  Gradients gradients;   // out
+  Shape shape;
+  Dtype x_dtype, dy_dtype;
+  Dropout dropout;
+  int sums;  // GradientSums that are wanted: 2, or 3 with the gradient of pre_bias
+  bool silu;
+};
+
+struct ResidualArgs {
+  const void* x;                  // in
+  const void* residual;           // in
+  void* y;                        // out
+  Parameter bias, residual_bias;  // in, (C,)
+  Shape shape;
+  Dtype dtype;  // of x, residual and y
+  double scale;
+};
+
+struct ChannelSumsArgs {
+  const void* x;  // in, of dtype
+  void* sums;     // out, (C,) of A
+  Shape shape;
+  Dtype dtype;
 };
 
 }  // namespace ldm_fused

@@ -34,17 +34,5 @@ const Kernels<X, Y>& kernels() {
   return chosen;
 }
 
-template <class F>
-void dispatch_pair(Dtype x, Dtype y, F&& f) {
-  if (x == Dtype::float64) return f(double{}, double{});
-  if (x == Dtype::float32 && y == Dtype::float32) return f(float{}, float{});
-  if (x == Dtype::float32 && y == Dtype::float16) return f(float{}, Half{});
-  if (x == Dtype::float32 && y == Dtype::bfloat16) return f(float{}, BFloat16{});
-  if (x == Dtype::float16 && y == Dtype::float16) return f(Half{}, Half{});
-  if (x == Dtype::float16 && y == Dtype::float32) return f(Half{}, float{});
-  if (x == Dtype::bfloat16 && y == Dtype::bfloat16) return f(BFloat16{}, BFloat16{});
-  if (x == Dtype::bfloat16 && y == Dtype::float32) return f(BFloat16{}, float{});
-}
-
 }  // namespace cpu
 }  // namespace ldm_fused

@@ -5,7 +5,6 @@
 // and include kernels.inl, so that one binary, built anywhere, uses what the processor at hand has.
 #pragma once
 
-#include "dropout.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -14,23 +13,8 @@ namespace cpu {
 // A sum of floats that goes on for longer than this loses digits: longer ones are added up in double.
 constexpr int64_t kLongestSum = 128;
 
-// Of a chunk. In double, since the merging that follows costs nothing.
-struct Moments {
-  double count, mean, m2;
-
-  // Chan, Golub and LeVeque (1979): nothing cancels, and nothing overflows before x does.
-  void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count;
-    const double delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    m2 += other.m2 + delta * (other.count / total) * delta * count;
-    count = total;
-  }
-};
-
-// `count` runs of `length` elements, one a channel, whose first elements are `stride` apart. What lies `ahead` elements
-// further on is prefetched by the second pass.
+// `count` runs of `length` elements, one a channel, whose first elements are `stride` apart. The second pass prefetches
+// what lies `ahead` elements further on.
 struct Rows {
   int64_t count, length, stride, ahead;
 
@@ -63,14 +47,14 @@ struct ColumnAffine {
   const A *center, *slope, *offset;
 };
 
-// x, y, dy and dx begin at the first element of the first row or pixel, and so does `kept`: dz, written by the sums
-// and read in place of dy by the input gradient, or null. It may be dx itself. `shortcut`, or null, is added to dx.
-// What pre_bias alone wants, the sum of x, has a kernel of its own: x is in the cache.
+// All tensors begin at the first element of the first row or pixel. `kept`, or null, is dz: the sums write it, and the
+// input gradient reads it in place of dy. It may be dx itself. `shortcut`, or null, is added to dx. The sum of x, which
+// pre_bias alone wants, has a kernel of its own: x is in the cache then.
 template <class X, class Y>
 struct Kernels {
   using A = Accumulate<X>;
 
-  Moments (*row_moments)(const X* x, int64_t n);
+  Moments<double> (*row_moments)(const X* x, int64_t n);  // in double, since the merging that follows costs nothing
   void (*rows_apply)(const X* x, Y* y, const Rows&, const GroupAffine<A>&, bool silu);
   void (*rows_sums)(const X* x, const Y* dy, A* kept, const Rows&, const GroupAffine<A>&, bool silu,
                     GradientSums<double>* sums);

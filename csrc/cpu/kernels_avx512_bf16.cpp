@@ -1,39 +1,7 @@
 // The kernels for x86-64 processors with AVX-512 and its conversion to bfloat16: the kernels with a bfloat16 in them.
-#if defined(__x86_64__)
-
-// Headers come before the target, so that the inline functions they share with other files stay runnable anywhere.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-
-#include "cpu/kernels.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
-                             apply_to = function)
-#else
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
-
+#define LDM_FUSED_ISA avx512_bf16
+#define LDM_FUSED_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 #define LDM_FUSED_VECTOR_BYTES 64
 #define LDM_FUSED_AVX512_BF16
 
-namespace ldm_fused {
-namespace cpu {
-namespace avx512_bf16 {
-#include "cpu/kernels.inl"
-}  // namespace avx512_bf16
-}  // namespace cpu
-}  // namespace ldm_fused
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // defined(__x86_64__)
+#include "cpu/kernels_x86.inl"

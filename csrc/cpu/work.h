@@ -1,5 +1,5 @@
-// How the CPU's ops cut a tensor into units of work and hand them to the threads: into chunks of fixed size, whose
-// results are merged in their order whichever threads computed them, so that the bits do not depend on their number.
+// How the CPU's ops cut a tensor into units of work and hand them to the threads. Units have a fixed size, and their
+// results are merged in a fixed order: the bits do not depend on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,22 +7,21 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <vector>
 
 #include "cpu/kernels.h"
 
 namespace ldm_fused {
 namespace cpu {
 
-constexpr int64_t kChunk = 4096;     // elements that both steps of the statistics find in the first-level cache
-constexpr int64_t kTile = 32768;     // elements that one call of a kernel walks
-constexpr int64_t kPixels = 65536;   // elements of the pixels that one call of a kernel walks twice
-constexpr int64_t kTogether = 8192;  // elements of small parts that go through each step together
-constexpr int64_t kNear = 589824;  // bytes of a group that is read from a cache again while the next one is prefetched
+constexpr int64_t kChunk = 4096;         // elements that both steps of the statistics find in the first-level cache
+constexpr int64_t kTile = 32768;         // elements of rows that one call of a kernel walks
+constexpr int64_t kColumnTile = 65536;   // elements of pixels that one call of a kernel walks twice
+constexpr int64_t kSmallParts = 8192;    // elements of small parts that a thread takes through each step at once
+constexpr int64_t kNear = 589824;        // bytes of a group that a cache holds while the next one is prefetched
 constexpr int64_t kNearBundle = 393216;  // bytes of a bundle that the second-level cache holds beside the next one
 constexpr int64_t kGrain = 16384;        // elements worth a thread
 constexpr int64_t kKept = 4194304;       // elements of a part of which dz is kept from the sums to the input gradient
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that nothing has written yet: a std::vector would walk it once more.
 template <class T>
@@ -36,29 +35,37 @@ class Buffer {
   std::unique_ptr<T[]> values_;
 };
 
-// f(begin, end) for ranges of [0, count), each of which is about `elements` elements of work.
+// Memory for a tile before or after dropout, which the calling thread keeps.
+template <class A>
+A* tile_of_thread(int64_t elements) {
+  thread_local std::vector<A> tile;
+  if (int64_t(tile.size()) < elements) tile.resize(elements);
+  return tile.data();
+}
+
+// Calls f(begin, end) for ranges of [0, count) on all threads. One of `count` is about `elements` elements of work.
 template <class F>
 void parallel_over(int64_t count, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
   torch::stable::parallel_for(0, count, grain, f);
 }
 
-// Parts are what has statistics of its own: groups, or bundles of them in channels_last.
+// A part has statistics of its own: it is a group, or in channels_last a bundle of groups.
 struct Parts {
   int64_t count, elements;            // elements of each
   int64_t first_units, second_units;  // of each, in the two passes
   int64_t scratch;                    // elements of scratch memory for each
 };
 
-// For every part: first(part, unit, scratch) over its units, then merge(part), then second(part, unit, scratch) over
-// its units. Where threads can share the parts out evenly, each takes whole parts, while they are in its cache, small
-// ones several at once, so that no step waits for the one before; else all threads share each step, of as many parts as
-// scratch memory is for.
+// Takes every part through three steps: first(part, unit, scratch) for its units, then merge(part), then second(part,
+// unit, scratch) for its units, the last one first. Where threads can share the parts out evenly, each takes whole
+// parts, while they are in its cache; it takes several small parts through a step before the next one, which then waits
+// for nothing. Else all threads share each step, of as many parts as there is scratch memory for.
 template <class A, class First, class Merge, class Second>
 void two_passes(const Parts& parts, const First& first, const Merge& merge, const Second& second) {
   const int64_t threads = torch::stable::get_num_threads();
   if (parts.count >= 4 * threads || parts.count % threads == 0) {
-    const int64_t together = std::max<int64_t>(1, kTogether / parts.elements);
+    const int64_t together = std::max<int64_t>(1, kSmallParts / parts.elements);
     parallel_over(ceil_div(parts.count, together), together * parts.elements, [&](int64_t begin, int64_t end) {
       const Buffer<A> scratch(together * parts.scratch);
       for (int64_t p0 = begin * together; p0 < std::min(end * together, parts.count); p0 += together) {
@@ -128,7 +135,7 @@ struct Tiles {
         pieces(spatial, kTile),
         count(rows.count * pieces.count),
         near(channels * spatial * bytes <= kNear),
-        ahead(near ? std::max(channels * spatial, kTogether) : 1024) {}
+        ahead(near ? std::max(channels * spatial, kSmallParts) : 1024) {}
 
   Tile operator[](int64_t unit) const {
     const int64_t block = unit / pieces.count, piece = unit % pieces.count;
@@ -139,9 +146,9 @@ struct Tiles {
   }
 };
 
-// A sample of channels_last memory cut into bundles of whole groups and cache lines that the second-level cache holds
-// beside the next one; where there are none, or no exponential to compute while the next one is prefetched, the whole
-// sample.
+// Cuts a sample of channels_last memory into bundles: whole groups and whole cache lines, as many as the second-level
+// cache holds beside the next bundle. Where none fits, or there is no exponential to compute while the next one is
+// prefetched, the whole sample is one bundle.
 struct Bundles {
   const Shape& shape;
   int64_t width, count;  // channels of each, but the last of a sample may be narrower
@@ -154,7 +161,7 @@ struct Bundles {
         width(silu ? width_of(shape, itemsize, bytes) : shape.channels),
         count(ceil_div(shape.channels, width)),
         near(width * shape.spatial * bytes <= kNearBundle),
-        pixels(shape.spatial, pixels_of(shape.spatial, std::clamp<int64_t>(kPixels / width, 16, kLongestSum))) {}
+        pixels(shape.spatial, pixels_of(shape.spatial, std::clamp<int64_t>(kColumnTile / width, 16, kLongestSum))) {}
 
   int64_t sample(int64_t part) const { return part / count; }
   int64_t channel(int64_t part) const { return part % count * width; }
@@ -182,7 +189,32 @@ struct Bundles {
   static int64_t pixels_of(int64_t spatial, int64_t most) { return ceil_div(spatial, ceil_div(spatial, most)); }
 };
 
-inline bool walks_columns(const Shape& shape) { return shape.channels_last || shape.spatial == 1; }
+constexpr int64_t kNothingReadAgain = 0;  // bytes of each element, of which caches have to hold none
+
+// Calls f(row, Rows, piece, offset) for all rows of the tensor on all threads. A call has whole rows of one sample, or
+// a piece of one row.
+template <class F>
+void over_rows(const Shape& shape, const F& f) {
+  const Tiles tiles(shape.channels, shape.spatial, kNothingReadAgain);
+  parallel_over(
+      shape.batch * tiles.count, shape.elements() / (shape.batch * tiles.count), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / tiles.count;
+          const Tiles::Tile tile = tiles[i % tiles.count];
+          f(n * shape.channels + tile.channel, tile.rows, tile.piece, n * shape.channels * shape.spatial + tile.at);
+        }
+      });
+}
+
+// Calls f(chunk, Columns, offset) for all chunks of the tensor's pixels on all threads.
+template <class F>
+void over_columns(const Shape& shape, const Chunks& pixels, const F& f) {
+  parallel_over(pixels.count, pixels.size * shape.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      f(k, Columns{pixels.extent(k), shape.channels, shape.channels, 0}, pixels.begin(k) * shape.channels);
+    }
+  });
+}
 
 }  // namespace cpu
 }  // namespace ldm_fused

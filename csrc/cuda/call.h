@@ -1,12 +1,12 @@
-// What every op's launcher asks of torch and of the device.
+// What every launcher of an op asks of torch and of the device.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "calls.h"
 #include "cuda/plan.h"
-#include "tensors.h"
 
 // Only a CUDA torch has it: weak, so that this binary loads under a CPU-only torch too, where nothing here is called.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -26,7 +26,11 @@ inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(false, what, " failed: ", cudaGetErrorString(error));
 }
 
-inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
+struct Guard : torch::stable::accelerator::DeviceGuard {
+  explicit Guard(const Tensor& on) : DeviceGuard(on.get_device_index()) {}
+};
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Allocated on the current stream and freed in its order: safe under graph capture and on concurrent streams. Nothing
 // is allocated for no elements.

@@ -3,11 +3,8 @@
 
 #include <cuda_runtime.h>
 
-#include <utility>
-
 #include "cuda/params.h"
 #include "cuda/ptx.cuh"
-#include "problem.h"
 
 // Where each block keeps a T of its own; the emulator has another way.
 #ifndef LDM_FUSED_SHARED
@@ -152,23 +149,6 @@ __device__ __forceinline__ Vec<Y, V> activated(const Mask<A>& mask, int64_t firs
 
 // ---- Reductions -----------------------------------------------------------------------------------------------
 
-// Count, mean and sum of squared deviations, merged as Chan, Golub and LeVeque (1979) do: no E[x^2] - E[x]^2 that
-// would cancel, and no sum of x that would overflow before x does.
-template <class A>
-struct Moments {
-  A count, mean, m2;
-
-  __device__ void merge(const Moments& other) {
-    if (other.count == A(0)) return;
-    const A total = count + other.count;
-    const A part = other.count / total;
-    const A delta = other.mean - mean;
-    mean += delta * part;
-    m2 += other.m2 + (delta * part) * (delta * count);  // not delta^2: infinity times an empty count would be NaN
-    count = total;
-  }
-};
-
 template <class T>
 __device__ __forceinline__ T shuffle_down(const T& value, int offset, int width) {
   constexpr int kWords = sizeof(T) / 4;
@@ -191,6 +171,12 @@ __device__ __forceinline__ T lanes_reduce(T value, int lanes) {
 
 // ---- Launching ------------------------------------------------------------------------------------------------
 
+// Of four kernels that do the same, the one that walks columns or rows, and does it the one way or the other.
+template <class Kernel>
+Kernel* choose(bool columns, bool other, Kernel* rows, Kernel* other_rows, Kernel* of_columns, Kernel* other_columns) {
+  return columns ? (other ? other_columns : of_columns) : (other ? other_rows : rows);
+}
+
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t stream, const Params& params,
                    size_t shared_bytes = 0) {
@@ -200,25 +186,6 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-// Calls f with a value of the storage type of each dtype; only the pairs that the ops accept are compiled: the same
-// type twice, or float with a 16-bit type.
-template <class F>
-cudaError_t dispatch_pair(Dtype x, Dtype y, F&& f) {
-  if (x == y) {
-    switch (x) {
-      case Dtype::float64: return f(double{}, double{});
-      case Dtype::float32: return f(float{}, float{});
-      case Dtype::float16: return f(Half{}, Half{});
-      case Dtype::bfloat16: return f(BFloat16{}, BFloat16{});
-    }
-  }
-  if (x == Dtype::float16 && y == Dtype::float32) return f(Half{}, float{});
-  if (x == Dtype::bfloat16 && y == Dtype::float32) return f(BFloat16{}, float{});
-  if (x == Dtype::float32 && y == Dtype::float16) return f(float{}, Half{});
-  if (x == Dtype::float32 && y == Dtype::bfloat16) return f(float{}, BFloat16{});
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace ldm_fused

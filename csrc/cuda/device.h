@@ -2,9 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <cstdint>
-
-#include "dtypes.h"
 
 namespace ldm_fused {
 
@@ -17,9 +14,6 @@ struct Device {
   int max_cluster;       // blocks of a cluster; 1: there are none
   bool grids = true;     // whether a launch may wait until it has all of them for itself
 };
-
-LDM_FUSED_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-LDM_FUSED_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 namespace cuda {
 

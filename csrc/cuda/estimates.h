@@ -3,9 +3,8 @@
 // No GPU has measured any of these numbers here. Where they come from:
 //   kBytesPerNanosecond  an H200's data sheet: 90 % of 4.8 TB/s, over 132 multiprocessors. Other devices move less, but
 //                        their waits are about as long: there the plan gives waits too much weight;
-//   kComputedPerNanosecond  four warps of 32 lanes a cycle at 1.755 GHz (H100), over the 16 and 26 instructions an
-//   element
-//                        that `make sass` counts for bfloat16, forward and backward, of 4 and 6 bytes;
+//   kComputedPerNanosecond  four warps of 32 lanes a cycle at 1.755 GHz (H100), over the 16 and 26 instructions that
+//                        `make sass` counts for an element of bfloat16, forward and backward, of 4 and 6 bytes;
 //   kLaunch              what one kernel leaves idle between two others: published measurements of empty kernels in a
 //                        stream or a graph are 1 to 3 us;
 //   kClusterWait         a barrier of a cluster and reads of distributed shared memory, of 180 cycles each (Luo et al.,

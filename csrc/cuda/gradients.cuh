@@ -1,4 +1,4 @@
-// The backward pass of one element and of the parameters: what one read and two passes have in common.
+// The gradients of one element and of the parameters, which one read and two passes compute alike.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -49,7 +49,7 @@ __device__ __forceinline__ void center(const Vec<X, V>& x, const Channel (&chann
   for (int e = 0; e < V; ++e) values[e] -= channel[kChannels == 1 ? 0 : e].center;
 }
 
-// Adds V elements to the sums; the third sum is asked of few.
+// Adds V elements to the sums. Few callers want the third one.
 template <int V, int kSums, class A>
 __device__ __forceinline__ void accumulate(GradientSums<A> (&sums)[kSums], const A (&centered)[V], const A (&dz)[V],
                                            bool of_x) {
@@ -106,8 +106,8 @@ __device__ __forceinline__ Vec<X, V> input_gradient(const Mask<A>& mask, int64_t
 
 constexpr int kChannelsAbreast = 32, kSamplesAbreast = 8;  // threads of a block
 
-// Small: a row of threads walks every kSamplesAbreast-th sample, a thread a channel; then the rows are added up in
-// their order.
+// A small kernel: a row of threads walks every kSamplesAbreast-th sample, a thread a channel; then the rows are added
+// up in their order.
 template <class A>
 __global__ void __launch_bounds__(kChannelsAbreast* kSamplesAbreast) parameter_gradients(BackwardParams p) {
   const int64_t c = int64_t(blockIdx.x) * kChannelsAbreast + threadIdx.x;

@@ -1,4 +1,4 @@
-// group_norm_act and its backward on CUDA: check, allocate, plan, launch, register.
+// group_norm_act and its backward on CUDA: plan, launch, register.
 #include <cstdlib>
 #include <cstring>
 
@@ -47,119 +47,65 @@ void launch_what_fits(int ordinal, const char* what, F&& attempt) {
   }
 }
 
-// Elements of the workspace for partial results: two passes keep `partial` of each channel's chunk; what the teams of a
-// grid exchange is `exchanged` floats a block, in two places by turns, behind the teams' counters.
-int64_t partials_of(const Plan& plan, const Shape& shape, int partial, int exchanged) {
-  const Residence& r = plan.residence;
+// Elements of the workspace for partial results: two passes keep `partial` of each channel's chunk, and the teams of a
+// grid exchange `totals` of each channel.
+int64_t partials_of(const Plan& plan, const Shape& shape, int partial, int totals) {
   if (!plan.resident) return partial * partials_of(shape, plan.reduce);
-  if (r.exchange != Exchange::grid) return 0;
-  return r.teams * int64_t(sizeof(TeamCounter) / sizeof(float)) + 2 * r.blocks() * exchanged;
+  return plan.residence.exchange == Exchange::grid ? grid_floats(plan.residence, totals) : 0;
 }
 
 // The same for the statistics: two passes need them, though nobody else may.
-int64_t statistics_of(const Plan& plan, const ForwardCall& call) {
-  return plan.resident || call.mean.defined() ? 0 : call.shape.batch * call.shape.groups;
+int64_t statistics_of(const Plan& plan, const ForwardArgs& args) {
+  return plan.resident || args.mean ? 0 : args.shape.batch * args.shape.groups;
 }
 
 // The same for each channel's totals: one read leaves them for the parameters' gradients alone.
-int64_t totals_of(const Plan& plan, const BackwardParams& p) {
-  return plan.resident && !p.gradients.any() ? 0 : p.sums * p.shape.rows();
+int64_t totals_of(const Plan& plan, const BackwardArgs& args) {
+  return plan.resident && !args.gradients.any() ? 0 : args.sums * args.shape.rows();
 }
 
 // The same for each group's projections: one read leaves them for the gradient of pre_bias alone.
-int64_t projections_of(const Plan& plan, const BackwardParams& p) {
-  return plan.resident && !p.gradients.pre_bias.data ? 0 : 2 * p.shape.batch * p.shape.groups;
+int64_t projections_of(const Plan& plan, const BackwardArgs& args) {
+  return plan.resident && !args.gradients.pre_bias.data ? 0 : 2 * args.shape.batch * args.shape.groups;
 }
 
-void run(const ForwardCall& call, double eps, bool silu, const Dropout& dropout) {
-  if (call.is_empty()) return;
-  ForwardParams params{};
-  params.x = call.x.data_ptr();
-  params.y = call.y.data_ptr();
-  params.affine = call.parameters.affine;
-  params.shape = call.shape;
-  params.eps = eps;
-  params.dropout = dropout;
-  params.silu = silu;
-  params.device = call.x.get_device_index();
-  launch_what_fits(params.device, "group_norm_act", [&](const Device& device) {
-    const Plan plan = plan_forward(call.shape, call.x_dtype, call.y_dtype, is_aligned(call.x),
-                                   params.affine.bytes_per_channel(), device);
-    const Workspace partials(partials_of(plan, call.shape, 2, 2 * plan.residence.bundle), call.x);
-    const Workspace mean(statistics_of(plan, call), call.x), rstd(statistics_of(plan, call), call.x);
-    params.mean = call.mean.defined() ? call.mean.data_ptr() : mean.data();
-    params.rstd = call.rstd.defined() ? call.rstd.data_ptr() : rstd.data();
-    params.partials = partials.data();
-    params.reduce = plan.reduce;
-    params.apply = plan.apply;
-    params.residence = plan.residence;
+void run_forward(const ForwardCall& call) {
+  const ForwardArgs& args = call.args;
+  const int ordinal = call.x.get_device_index();
+  launch_what_fits(ordinal, "group_norm_act", [&](const Device& device) {
+    const Plan plan = plan_forward(args.shape, args.x_dtype, args.y_dtype, is_aligned(args.x),
+                                   args.affine.bytes_per_channel(), device);
+    const Workspace partials(partials_of(plan, args.shape, 2, 0), call.x);
+    const Workspace mean(statistics_of(plan, args), call.x), rstd(statistics_of(plan, args), call.x);
+    ForwardParams params{args, partials.data(), plan.reduce, plan.apply, plan.residence, ordinal};
+    if (!args.mean) {
+      params.mean = mean.data();
+      params.rstd = rstd.data();
+    }
     const auto launch = plan.resident ? launch_resident_forward : launch_two_pass_forward;
-    return std::pair(plan, launch(params, call.x_dtype, call.y_dtype, current_stream(call.x)));
+    return std::pair(plan, launch(params, current_stream(call.x)));
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, double eps, bool silu,
-                                                  const OptionalTensor& pre_bias, const OptionalTensor& scale,
-                                                  const OptionalTensor& shift, std::optional<ScalarType> out_dtype,
-                                                  const OptionalTensor& dropout_seed, double dropout_p) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const ForwardCall call(x, num_groups, weight, bias, pre_bias, scale, shift, out_dtype);
-  run(call, eps, silu, dropout_of(dropout_seed, dropout_p, call.x));
-  return {call.y, call.mean, call.rstd};
-}
-
-Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
-                                const OptionalTensor& bias, double eps, bool silu) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const ForwardCall call(x, num_groups, weight, bias, {}, {}, {}, {}, false);
-  call.check_as_python_does(weight, bias);
-  run(call, eps, silu, {});
-  return call.y;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-    const OptionalTensor& bias, bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, std::vector<bool> output_mask, const OptionalTensor& dx_shortcut,
-    const OptionalTensor& dropout_seed, double dropout_p) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  BackwardCall call(dy, x, mean, rstd, weight, bias, pre_bias, scale, shift, output_mask, dx_shortcut);
-  const Dropout dropout = dropout_of(dropout_seed, dropout_p, call.x);
-  if (call.is_empty()) return call.outputs();
-  BackwardParams params{};
-  params.dy = call.dy.data_ptr();
-  params.x = call.x.data_ptr();
-  params.mean = call.mean.data_ptr();
-  params.rstd = call.rstd.data_ptr();
-  params.shortcut = call.shortcut_data();
-  params.dx = call.wants_dx ? call.dx.data_ptr() : nullptr;
-  params.affine = call.parameters.affine;
-  params.gradients = call.gradients;
-  params.shape = call.shape;
-  params.dropout = dropout;
-  params.sums = call.gradients.pre_bias.data ? 3 : 2;
-  params.silu = silu;
-  params.device = call.x.get_device_index();
-  const bool aligned = is_aligned(call.x) && is_aligned(call.dy) && (!call.shortcut || is_aligned(*call.shortcut));
-  launch_what_fits(params.device, "group_norm_act_backward", [&](const Device& device) {
-    const Plan plan = plan_backward(call.shape, call.x_dtype, call.dy_dtype, aligned, params.affine.bytes_per_channel(),
-                                    params.sums, call.shortcut.has_value(), device);
-    const Residence& r = plan.residence;
-    const int exchanged = 2 * r.bundle + int(round_up(params.sums * r.width, 2));
-    const Workspace partials(partials_of(plan, call.shape, params.sums, exchanged), call.x);
-    const Workspace totals(totals_of(plan, params), call.x), projections(projections_of(plan, params), call.x);
-    params.partials = partials.data();
-    params.totals = totals.data();
-    params.projections = projections.data();
-    params.reduce = plan.reduce;
-    params.apply = plan.apply;
-    params.residence = r;
+void run_backward(const BackwardCall& call) {
+  const BackwardArgs& args = call.args;
+  const int ordinal = call.x.get_device_index();
+  const bool aligned = is_aligned(args.x) && is_aligned(args.dy) && is_aligned(args.shortcut);
+  launch_what_fits(ordinal, "group_norm_act_backward", [&](const Device& device) {
+    const Plan plan = plan_backward(args.shape, args.x_dtype, args.dy_dtype, aligned, args.affine.bytes_per_channel(),
+                                    args.sums, args.shortcut != nullptr, device);
+    const Workspace partials(partials_of(plan, args.shape, args.sums, args.sums), call.x);
+    const Workspace totals(totals_of(plan, args), call.x), projections(projections_of(plan, args), call.x);
+    const BackwardParams params{args,        partials.data(), totals.data(),  projections.data(),
+                                plan.reduce, plan.apply,      plan.residence, ordinal};
     const auto launch = plan.resident ? launch_resident_backward : launch_two_pass_backward;
-    return std::pair(plan, launch(params, call.x_dtype, call.dy_dtype, current_stream(call.x)));
+    return std::pair(plan, launch(params, current_stream(call.x)));
   });
-  return call.outputs();
 }
+
+constexpr auto forward_op = &group_norm_act<Guard, run_forward>;
+constexpr auto inference_op = &group_norm_act_inference<Guard, run_forward>;
+constexpr auto backward_op = &group_norm_act_backward<Guard, run_backward>;
 
 }  // namespace
 
@@ -169,7 +115,7 @@ const void* any_kernel() { return reinterpret_cast<const void*>(parameter_gradie
 }  // namespace ldm_fused
 
 STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CUDA, m) {
-  m.impl("group_norm_act", TORCH_BOX(&ldm_fused::cuda::group_norm_act));
-  m.impl("group_norm_act_inference", TORCH_BOX(&ldm_fused::cuda::group_norm_act_inference));
-  m.impl("group_norm_act_backward", TORCH_BOX(&ldm_fused::cuda::group_norm_act_backward));
+  m.impl("group_norm_act", TORCH_BOX(ldm_fused::cuda::forward_op));
+  m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cuda::inference_op));
+  m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cuda::backward_op));
 }

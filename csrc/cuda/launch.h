@@ -15,10 +15,11 @@
 
 namespace ldm_fused {
 
-// So few clusters of that size fit the device side by side that smaller ones take no longer. No launch returns it.
+// So few clusters of that size fit the device side by side that smaller ones take no longer. CUDA returns it from no
+// launch.
 constexpr cudaError_t kFewClusters = cudaErrorNotReady;
 
-// Whether the device is fine, and has no room for the launch, or not the means: another plan may do.
+// Whether the device works, but lacks the room or the means for the launch: another plan may do.
 inline bool is_refusal(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidConfiguration:
@@ -36,10 +37,11 @@ struct LaunchMemory {
   int clusters = 0;                 // that fit the device at once
 };
 
-// All of them, for all host threads.
+// Remembers all launches, for all host threads.
 class LaunchMemories {
  public:
-  // Of what is new, what learn() says. Allows the kernel what it may need, before its first launch on the device.
+  // What is known of the launch; learn() says it the first time. Before its first launch on a device the kernel is
+  // allowed what it may need.
   template <class Params, class F>
   LaunchMemory find(void (*kernel)(Params), int device, const Residence& r, F&& learn) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -99,7 +101,8 @@ inline bool are_few(int clusters, const Residence& r, int device) {
          ceil_div(r.items, clusters) > ceil_div(r.items * r.team, cuda::device_of(device).multiprocessors);
 }
 
-// A refusal, of which the runtime has then forgotten, or kFewClusters: another plan is wanted. Any other error is one.
+// Launches the kernel. After a refusal, which the runtime has then forgotten, or kFewClusters another plan may do. Any
+// other error is an error.
 template <class Params>
 cudaError_t launch_resident(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const Residence& r = params.residence;

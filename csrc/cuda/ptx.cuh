@@ -47,8 +47,8 @@ __device__ __forceinline__ void store_16_bytes(void* to, uint4 words) {
 }
 
 // ---- Asynchronous copies --------------------------------------------------------------------------------------
-// As the toolkit's __pipeline functions, whose wait does not keep the compiler from moving loads above it. Before compute
-// capability 8.0 there are none: a copy is made at once.
+// They do what the toolkit's __pipeline functions do, whose wait does not keep the compiler from moving loads above it.
+// Before compute capability 8.0 there are none: a copy is made at once.
 
 __device__ __forceinline__ void copy_16_bytes_async(void* to_shared, const void* from_global) {
 #if !defined(__CUDA_ARCH__)

@@ -135,7 +135,7 @@ inline void cut_columns(Residence& r) {
   r.entries = r.width * warps;
 }
 
-// Groups of an item; 0: none fit.
+// How many groups an item has; 0: none fits.
 inline int bundle_of(const Shape& shape, bool columns, const Demand& demand, const Device& device) {
   const int64_t per_group = shape.channels_per_group();
   int found = 0;
@@ -157,7 +157,7 @@ inline int bundle_of(const Shape& shape, bool columns, const Demand& demand, con
   return found;
 }
 
-// An item shared by that many blocks; kept is 0 where nothing of it fits.
+// How so many blocks share an item; kept is 0 where nothing of it fits.
 inline Residence reside(const Shape& shape, bool columns, int bundle, int team, int threads, const Demand& demand,
                         const Device& device) {
   Residence r{};
@@ -276,9 +276,9 @@ inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const D
   return least > 0;
 }
 
-// How one read of the tensors serves, if it does.
+// Finds how one read of the tensors serves; false: it does not.
 inline bool reside(const Shape& shape, const Demand& demand, const Device& device, Residence& found) {
-  const bool columns = shape.channels_last || shape.spatial == 1;
+  const bool columns = shape.walks_columns();
   if ((columns ? shape.channels : shape.spatial) % demand.vector || shape.spatial >= int64_t(1) << 31) return false;
   if (shape.batch * shape.groups >= int64_t(1) << 31) return false;
   const int bundle = bundle_of(shape, columns, demand, device);

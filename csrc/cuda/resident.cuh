@@ -1,10 +1,10 @@
-// One read: what its kernels share. residence.h says how items are cut, and what a slot is.
+// One read: what a block of its kernels keeps in shared memory, and how it goes from item to item.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/launch.h"
-#include "cuda/ptx.cuh"
+#include "cuda/loader.cuh"
 #include "cuda/team.cuh"
 
 namespace ldm_fused {
@@ -16,96 +16,6 @@ constexpr unsigned kAllLanes = ~0u;
 template <int N>
 using Number = std::integral_constant<int, N>;
 
-__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
-__device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
-
-// ---- Where a thread is ----------------------------------------------------------------------------------------
-
-struct Item {
-  uint32_t index, n, c;  // n: sample; c: first channel
-  int64_t first;         // offset of its first element
-};
-
-__device__ __forceinline__ Item item_of(const Shape& shape, const Residence& r, uint32_t index) {
-  const uint32_t n = r.by_items_of_sample.quotient(index);
-  Item item{index, n, (index - n * r.by_items_of_sample.divisor) * r.width, 0};
-  item.first =
-      r.columns ? item.n * shape.channels * shape.spatial + item.c : (item.n * shape.channels + item.c) * shape.spatial;
-  return item;
-}
-
-// What block `rank` of the team has of a channel, in vectors (rows) or pixels (columns). The last blocks may have less
-// than the others, or nothing.
-__device__ __forceinline__ int chunk_of(const Residence& r, int rank) {
-  return int(max(int64_t(0), min(r.extent - int64_t(rank) * r.chunk, int64_t(r.chunk))));
-}
-
-// Rows: lanes are a power of two.
-__device__ __forceinline__ int lane_of_unit(const Residence& r) { return threadIdx.x & (r.lanes - 1); }
-
-// A thread's vectors in one unit: at first, first + stride, ...
-struct Span {
-  int64_t first, stride;  // in elements: where the first one is, and from one to the next
-  int count;              // may be 0
-  int entry;              // where the unit's partial result goes; columns: that of the first channel
-  int channel;            // of the item; columns: the first of the vector
-
-  __device__ __forceinline__ int64_t at(int i) const { return first + i * stride; }
-};
-
-template <bool kColumns, int V>
-__device__ __forceinline__ int64_t stride_of(const Shape& shape, const Residence& r) {
-  return kColumns ? r.abreast * shape.channels : int64_t(r.lanes) * V;
-}
-
-template <bool kColumns, int V>
-__device__ __forceinline__ Span span_of(const Shape& shape, const Residence& r, const Item& item, int rank, int round) {
-  Span span{};
-  span.stride = stride_of<kColumns, V>(shape, r);
-  const int chunk = chunk_of(r, rank);
-  if constexpr (kColumns) {
-    const int row_in_warp = r.by_lanes.quotient(lane_index()), rows_of_warp = r.by_lanes.quotient(32);
-    const int row = warp_index() * rows_of_warp + row_in_warp, column = lane_index() - row_in_warp * r.lanes;
-    span.first = item.first + (int64_t(rank) * r.chunk + row) * shape.channels + column * V;
-    span.count = row_in_warp < rows_of_warp && row < chunk ? r.by_abreast.quotient(chunk - row - 1) + 1 : 0;
-    span.channel = column * V;
-    span.entry = warp_index() * r.width + span.channel;
-  } else {
-    const int unit = round * r.abreast + r.by_lanes.quotient(threadIdx.x), channel = r.by_parts.quotient(unit);
-    const int part = unit - channel * r.parts, begin = part * r.length + lane_of_unit(r);
-    const int end = min((part + 1) * r.length, chunk);
-    const bool exists = unit < r.entries;
-    span.channel = exists ? channel : 0;
-    span.first = item.first + span.channel * shape.spatial + (int64_t(rank) * r.chunk + begin) * V;
-    span.count = exists && begin < end ? r.by_lanes.quotient(end - begin - 1) + 1 : 0;
-    span.entry = unit;
-  }
-  return span;
-}
-
-// The vectors that went into the entries of one part: rows: of a channel's chunk; columns: of the pixels, by one warp.
-template <bool kColumns>
-__device__ __forceinline__ int vectors_of(const Residence& r, int chunk, int part) {
-  if constexpr (kColumns) {
-    const int whole = r.by_abreast.quotient(chunk), rows_of_warp = r.by_lanes.quotient(32);
-    return whole * rows_of_warp + max(0, min(chunk - whole * r.abreast - part * rows_of_warp, rows_of_warp));
-  }
-  return max(0, min((part + 1) * r.length, chunk) - part * r.length);
-}
-
-// Entries of a channel.
-template <bool kColumns>
-__device__ __forceinline__ int parts_of(const Residence& r) {
-  return kColumns ? blockDim.x / 32 : r.parts;
-}
-
-template <bool kColumns>
-__device__ __forceinline__ int entry_of(const Residence& r, int channel, int part) {
-  return kColumns ? part * r.width + channel : channel * r.parts + part;
-}
-
-// ---- Shared memory --------------------------------------------------------------------------------------------
-
 // The tables in front of the slots, in this order; tables_of() counts their bytes.
 struct Tables {
   Pair* groups;     // of each group, what the block's threads use
@@ -116,7 +26,7 @@ struct Tables {
 
   enum Value { kCenter, kSlope, kOffset, kK1, kK2 };
 
-  // floats: of a partial result, and of each channel that are exchanged.
+  // partial: floats of a partial result; totals: floats of each channel that are exchanged.
   __device__ __forceinline__ Tables(const Residence& r, void* shared, int partial, int totals) : width(r.width) {
     groups = static_cast<Pair*>(shared);
     exchange = reinterpret_cast<float*>(groups + r.bundle);
@@ -138,137 +48,6 @@ struct Tables {
     return load<float, kChannels>(&channel(value, c));
   }
 };
-
-// A thread's slots, kPieces times 16 bytes each: V elements of each of one or two tensors. Neighbouring threads' pieces
-// are neighbours: no two lanes meet in a bank.
-template <int V, int kPieces>
-struct Slots {
-  uint4* own;
-
-  template <class T>
-  static constexpr int kPiecesOf = V * int(sizeof(T)) / 16;
-
-  __device__ __forceinline__ Slots(const Residence& r, void* shared)
-      : own(reinterpret_cast<uint4*>(static_cast<char*>(shared) + r.tables) + threadIdx.x) {}
-
-  // The first piece of a slot; its next one is a block's threads further.
-  __device__ __forceinline__ uint4* operator[](int slot) const { return own + slot * (kPieces * int(blockDim.x)); }
-
-  template <class T>
-  __device__ __forceinline__ void copy(uint4* piece, const T* from) const {
-#pragma unroll
-    for (int i = 0; i < kPiecesOf<T>; ++i) {
-      copy_16_bytes_async(piece + i * blockDim.x, reinterpret_cast<const uint4*>(from) + i);
-    }
-  }
-
-  template <class T>
-  __device__ __forceinline__ Vec<T, V> read(const uint4* piece) const {
-    uint4 words[kPiecesOf<T>];
-#pragma unroll
-    for (int i = 0; i < kPiecesOf<T>; ++i) words[i] = piece[i * blockDim.x];
-    Vec<T, V> result;
-    memcpy(&result, words, sizeof result);
-    return result;
-  }
-
-  template <class T>
-  __device__ __forceinline__ void write(uint4* piece, const Vec<T, V>& vector) const {
-    uint4 words[kPiecesOf<T>];
-    memcpy(words, &vector, sizeof vector);
-#pragma unroll
-    for (int i = 0; i < kPiecesOf<T>; ++i) piece[i * blockDim.x] = words[i];
-  }
-};
-
-// Copies a thread's vectors of all its items to its slots, in the order of their use and ahead of it. What it copies
-// goes by position: a unit that has fewer vectors than others leaves its last positions empty. A group of copies is a
-// segment of an item, for which the thread waits together.
-template <bool kColumns, bool kGrid, int V>
-class Loader {
- public:
-  __device__ __forceinline__ Loader(const Shape& shape, const Residence& r, uint32_t item, int rank)
-      : item_(item), rank_(rank) {
-    begin_unit(shape, r);
-    begin_segment(r);
-  }
-
-  // Up to the position `end` of the current item, or of those behind it. copy_one(slot, offset) starts a copy.
-  template <class F>
-  __device__ __forceinline__ void copy_to(int end, const Shape& shape, const Residence& r, F&& copy_one) {
-    const int64_t stride = stride_of<kColumns, V>(shape, r);
-    while (ahead_ < end) {
-      const int run = min(end - ahead_, burst_), copies = min(run, count_);
-      int i = 0;
-#pragma unroll kUnrolled
-      for (; i + kTogether <= copies; i += kTogether, at_ += kTogether * stride) {
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) copy_one(slot_ + i + k, at_ + k * stride);
-      }
-#pragma unroll 1
-      for (; i < copies; ++i, at_ += stride) copy_one(slot_ + i, at_);
-      count_ -= run;
-      slot_ += run;
-      ahead_ += run;
-      if ((burst_ -= run) == 0) next_burst(shape, r);
-    }
-  }
-
-  // The current item is done with.
-  __device__ __forceinline__ void next_item(const Residence& r) { ahead_ -= r.kept; }
-
- private:
-  static constexpr int kTogether = 4;  // copies: their instructions stand together, of which the first costs more
-  static constexpr int kUnrolled = kGrid ? 1 : 4;  // a grid copies in between, a few at a time
-  static constexpr int kForever = 1 << 30;         // ahead of all items
-
-  __device__ __forceinline__ void next_burst(const Shape& shape, const Residence& r) {
-    if (slot_ == r.slots) slot_ = 0;
-    if (left_ > 0) return begin_burst(r);
-    commit_copies();
-    position_ += r.segment;
-    if (position_ >= r.kept) {
-      position_ = round_ = 0;
-      if ((item_ += r.teams) >= r.items) {
-        ahead_ = kForever;
-        return;
-      }
-      begin_unit(shape, r);
-    } else if (r.rounds > 1) {  // whose segments are units
-      ++round_;
-      begin_unit(shape, r);
-    }
-    begin_segment(r);
-  }
-
-  __device__ __forceinline__ void begin_segment(const Residence& r) {
-    left_ = min(r.segment, r.kept - position_);
-    begin_burst(r);
-  }
-
-  __device__ __forceinline__ void begin_burst(const Residence& r) {
-    burst_ = min(left_, r.slots - slot_);
-    left_ -= burst_;
-  }
-
-  __device__ __forceinline__ void begin_unit(const Shape& shape, const Residence& r) {
-    const Span span = span_of<kColumns, V>(shape, r, item_of(shape, r, item_), rank_, round_);
-    at_ = span.first;
-    count_ = span.count;
-  }
-
-  uint32_t item_;
-  int rank_, round_ = 0;
-  int position_ = 0;  // of the segment's first vector in its item
-  int ahead_ = 0;     // of the current item's first vector
-  int slot_ = 0;
-  int burst_;  // positions up to the end of the segment or of the ring
-  int left_;   // positions of the segment behind that
-  int count_;  // vectors that are left of the unit; below 0 where it has fewer than positions
-  int64_t at_;
-};
-
-// ---- Blocks ---------------------------------------------------------------------------------------------------
 
 // What a block goes from item to item with. kPieces: of a slot, 16 bytes each.
 template <int V, bool kColumns, bool kGrid, int kPieces>

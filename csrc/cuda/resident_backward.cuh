@@ -12,12 +12,12 @@
 
 namespace ldm_fused {
 
-// Sums of kChannels channels.
+// Gradient sums of kChannels channels.
 template <int kChannels>
-struct ChannelSums {
+struct VectorSums {
   GradientSums<float> of[kChannels];
 
-  __device__ __forceinline__ void merge(const ChannelSums& other) {
+  __device__ __forceinline__ void merge(const VectorSums& other) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) of[c].merge(other.of[c]);
   }
@@ -87,7 +87,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     for (int c = 0; c < Block::kChannels; ++c) channel[c].projection = {k1.e[c], k2.e[c]};
   }
 
-  // Reads N vectors of x and dy, or loads what did not fit.
+  // Reads N vectors of x and dy from the slots; load_again() loads those that did not fit.
   template <int N>
   __device__ __forceinline__ void read(VectorX (&vx)[N], VectorY (&vdy)[N], int slot) const {
 #pragma unroll
@@ -147,7 +147,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
       }
       float* const entry = tables.entries + span.entry;
       if constexpr (kColumns) {
-        ChannelSums<Block::kChannels> columns;
+        VectorSums<Block::kChannels> columns;
 #pragma unroll
         for (int e = 0; e < V; ++e) columns.of[e] = sums[e];
         merge_warp_rows(columns, r);
@@ -208,7 +208,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     }
   }
 
-  // The same of each channel.
+  // Gives each channel the k1 and k2 of its group.
   __device__ __forceinline__ void complete_channels() const {
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
       const Pair group = tables.groups[r.by_group_channels.quotient(c)];
@@ -218,8 +218,8 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     __syncthreads();
   }
 
-  // The totals of each channel. The blocks of a team share the channels, in runs that fill a sector; a warp adds up a
-  // run's, a quarter of the team's blocks by each eight lanes.
+  // Writes the totals of each channel. The blocks of a team share the channels, in runs that fill a sector. A warp adds
+  // up a run: each eight lanes take a quarter of the team's blocks.
   __device__ __forceinline__ void write_totals() const {
     constexpr int kRun = 8, kAbreast = 32 / kRun;
     float* const totals = static_cast<float*>(p.totals) + item.n * shape.channels + item.c;
@@ -241,7 +241,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     }
   }
 
-  // dx of N vectors, of which vdy is dz already or dy still.
+  // Writes dx of N vectors. vdy is dz already, or still dy.
   template <bool kIsGradient, int N>
   __device__ __forceinline__ void write(const VectorX (&vx)[N], const VectorY (&vdy)[N], const Span& span,
                                         const Channels& channel, int64_t at) const {
@@ -264,8 +264,8 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
     }
   }
 
-  // dx: first of what did not fit, the last read first; then of what is in the slots, which the next item's vectors
-  // take.
+  // Writes dx: first of what did not fit, the last read first, then of what is in the slots, which the next item's
+  // vectors take.
   __device__ __forceinline__ void write_dx() {
     if constexpr (kGrid) {
       for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
@@ -325,18 +325,17 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
   block.team.leave();
 }
 
-inline cudaError_t launch_resident_backward(const BackwardParams& p, Dtype x, Dtype dy, cudaStream_t stream) {
-  return dispatch_resident(x, dy, [&](auto x_type, auto dy_type) {
+inline cudaError_t launch_resident_backward(const BackwardParams& p, cudaStream_t stream) {
+  return dispatch_resident(p.x_dtype, p.dy_dtype, [&](auto x_type, auto dy_type) {
     using X = decltype(x_type);
     using Y = decltype(dy_type);
     constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-    const bool grid = p.residence.exchange == Exchange::grid;
-    const auto kernel =
-        p.residence.columns
-            ? (grid ? resident_backward<X, Y, V, true, true> : resident_backward<X, Y, V, true, false>)
-            : (grid ? resident_backward<X, Y, V, false, true> : resident_backward<X, Y, V, false, false>);
-    if (const cudaError_t error = launch_resident(kernel, p, stream)) return error;
-    return launch_parameter_gradients<float>(p, stream);
+    const cudaError_t error = launch_resident(
+        choose(p.residence.columns, p.residence.exchange == Exchange::grid, resident_backward<X, Y, V, false, false>,
+               resident_backward<X, Y, V, false, true>, resident_backward<X, Y, V, true, false>,
+               resident_backward<X, Y, V, true, true>),
+        p, stream);
+    return error ? error : launch_parameter_gradients<float>(p, stream);
   });
 }
 

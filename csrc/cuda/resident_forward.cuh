@@ -123,7 +123,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     this->loader.copy_to(end, shape, r, [&](int slot, int64_t at) { slots.copy(slots[slot], x + at); });
   }
 
-  // What is known of the item's channels before its statistics are.
+  // Fills the tables with what is known of the item's channels before its statistics are.
   __device__ __forceinline__ void load_parameters() const {
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
       tables.set(c, channel_affine(p.affine, item.n, item.c + c, 0.0f, 1.0f));
@@ -143,7 +143,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     for (int i = 0; i < N; ++i) v[i] = load<X, V>(from + i * span.stride);
   }
 
-  // Mean and m2 of each unit, in the order of the vectors in memory; the last ones stay in registers.
+  // Computes mean and m2 of each unit, in the order of the vectors in memory. The last vectors stay in registers.
   __device__ __forceinline__ void reduce_units(Held& held) const {
     Pair* const entries = reinterpret_cast<Pair*>(tables.entries);
     for (int round = 0, segment = 0; round < r.rounds; ++round) {
@@ -224,7 +224,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     }
   }
 
-  // Mean and rstd of each group: a warp merges what its block has of one, then what the team has.
+  // Computes mean and rstd of each group: a warp merges what its block has of one, then what the team has.
   __device__ __forceinline__ void reduce_groups() {
     const int channels = this->group_channels(), parts = parts_of<kColumns>(r);
     const int chunk = chunk_of(r, team.rank);
@@ -257,7 +257,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     __syncthreads();
   }
 
-  // The affine map of each channel, now that its group's statistics are known.
+  // Completes the affine map of each channel, now that its group's statistics are known.
   __device__ __forceinline__ void complete_channels() const {
     for (int c = threadIdx.x; c < r.width; c += blockDim.x) {
       const Pair group = tables.groups[r.by_group_channels.quotient(c)];
@@ -289,7 +289,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     }
   }
 
-  // y of what did not fit, the last read first.
+  // Writes y of what did not fit, the last read first.
   __device__ __forceinline__ void write_what_is_not_kept(const Held& held) const {
     const int first_held = r.steps - r.held;
     for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
@@ -313,7 +313,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     }
   }
 
-  // y of what is in the slots, which the next item's vectors take.
+  // Writes y of what is in the slots, which the next item's vectors take.
   __device__ __forceinline__ void write_what_is_kept() {
     for (int round = 0; round < r.rounds && round * r.steps < r.kept; ++round) {
       const Span span = this->span(round);
@@ -353,16 +353,16 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
   block.team.leave();
 }
 
-inline cudaError_t launch_resident_forward(const ForwardParams& p, Dtype x, Dtype y, cudaStream_t stream) {
-  return dispatch_resident(x, y, [&](auto x_type, auto y_type) {
+inline cudaError_t launch_resident_forward(const ForwardParams& p, cudaStream_t stream) {
+  return dispatch_resident(p.x_dtype, p.y_dtype, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
     constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-    const bool grid = p.residence.exchange == Exchange::grid;
-    const auto kernel = p.residence.columns
-                            ? (grid ? resident_forward<X, Y, V, true, true> : resident_forward<X, Y, V, true, false>)
-                            : (grid ? resident_forward<X, Y, V, false, true> : resident_forward<X, Y, V, false, false>);
-    return launch_resident(kernel, p, stream);
+    return launch_resident(
+        choose(p.residence.columns, p.residence.exchange == Exchange::grid, resident_forward<X, Y, V, false, false>,
+               resident_forward<X, Y, V, false, true>, resident_forward<X, Y, V, true, false>,
+               resident_forward<X, Y, V, true, true>),
+        p, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// How the blocks that share an item tell each other what they have of it.
+// The protocol by which the blocks that share an item tell each other what they have of it.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -10,10 +10,20 @@ struct alignas(8) Pair {
   float a, b;
 };
 
+// How many floats a block tells its team: a Pair of each group, and `totals` of each channel, rounded up so that a Pair
+// may follow.
+LDM_FUSED_HD int channel_floats(const Residence& r, int totals) { return int(round_up(totals * r.width, 2)); }
+LDM_FUSED_HD int block_floats(const Residence& r, int totals) { return 2 * r.bundle + channel_floats(r, totals); }
+
 // Memory of a grid's teams, apart so that they do not wait for each other's lines.
 struct TeamCounter {
   unsigned arrived, padding[31];
 };
+
+// How many floats a grid's workspace has: the teams' counters, then what all blocks tell, in two places.
+inline int64_t grid_floats(const Residence& r, int totals) {
+  return r.teams * int64_t(sizeof(TeamCounter) / sizeof(float)) + 2 * r.blocks() * block_floats(r, totals);
+}
 
 // The blocks that share an item. Each leaves what it has of the item's groups, and of its channels, in `own`, in shared
 // memory; after exchange() all can read it. In a grid that goes through global memory, in two places by turns: who
@@ -23,18 +33,17 @@ class Team {
  public:
   const int index, rank, size;
 
-  // `floats` of each channel are exchanged beside the Pair of each group.
-  __device__ __forceinline__ Team(const Residence& r, void* workspace, float* own, int floats)
+  __device__ __forceinline__ Team(const Residence& r, void* workspace, float* own, int totals)
       : index(r.by_team.quotient(blockIdx.x)),
         rank(r.by_team.remainder(blockIdx.x)),
         size(r.team),
         bundle_(r.bundle),
-        floats_(int(round_up(floats * r.width, 2))),
+        floats_(channel_floats(r, totals)),
         own_(own) {
     if constexpr (kGrid) {
       counter_ = &(static_cast<TeamCounter*>(workspace) + index)->arrived;
       memory_ = reinterpret_cast<float*>(static_cast<TeamCounter*>(workspace) + r.teams) +
-                int64_t(index) * 2 * size * (2 * bundle_ + floats_);
+                int64_t(index) * 2 * size * block_floats(r, totals);
     }
   }
 
@@ -46,7 +55,7 @@ class Team {
     }
   }
 
-  // Waits until all blocks of the team are here, and does something else first.
+  // Waits until all blocks of the team are here. In a grid, where that takes longest, it calls meanwhile() first.
   template <class F>
   __device__ __forceinline__ void exchange(F&& meanwhile) {
     if constexpr (kGrid) {

@@ -80,7 +80,7 @@ inline Tiling tile_columns(const Shape& shape, int vector, const Device& device)
 // `widest` is the vector that moves 16 bytes of the narrowest tensor of the pass. It is used where every vector of
 // every tensor starts at a multiple of 16 bytes; `aligned` says whether the tensors themselves do.
 inline Tiling tile(const Shape& shape, int widest, bool aligned, const Device& device) {
-  const bool columns = shape.channels_last || shape.spatial == 1;
+  const bool columns = shape.walks_columns();
   const int64_t run = columns ? shape.channels : shape.spatial;
   const int vector = aligned && run % widest == 0 ? widest : 1;
   return columns ? tile_columns(shape, vector, device) : tile_rows(shape, vector, device);

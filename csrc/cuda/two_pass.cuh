@@ -30,12 +30,12 @@ constexpr int kBlocksAtLeast = 2;
 
 // What the threads of a block leave in shared memory, V values each.
 template <class T, int V>
-using Rows = T[V][kThreads];
+using BlockValues = T[V][kThreads];
 
 // Merges what the threads of each column left, two rows of the block at a time; the results are row 0's. All threads of
 // the block must call it.
 template <class T, int V>
-__device__ __forceinline__ void merge_rows(Rows<T, V>& rows) {
+__device__ __forceinline__ void merge_rows(BlockValues<T, V>& rows) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int height = blockDim.y; height > 1;) {
     const int half = (height + 1) / 2;
@@ -97,9 +97,9 @@ __device__ __forceinline__ Unit column_unit(const Shape& shape, const Tiling& t,
   return unit;
 }
 
-// Columns: computes f(channel) once for each channel of the block, in dynamic shared memory of `columns_shared` bytes,
-// and gives each thread those of its own V channels: what all pixels of a block need is read and computed once, not by
-// each of its warps. All threads of the block must call it.
+// Columns: computes f(channel) once for each channel of the block, in dynamic shared memory, and gives each thread the
+// values of its own V channels. What all pixels of a block need is so read once, and not by each of its warps. All
+// threads of the block must call it.
 template <int V, class F, class T>
 __device__ __forceinline__ void share_columns(const Shape& shape, T (&own)[V], F&& f) {
   LDM_FUSED_DYNAMIC_SHARED(T, table);
@@ -179,12 +179,15 @@ __device__ __forceinline__ ChannelAffine<A> load_affine(const Params& p, int64_t
 
 // ---- Launching ------------------------------------------------------------------------------------------------
 
-inline dim3 grid_of(const Tiling& t) { return dim3(unsigned(t.grid_x), unsigned(t.grid_y)); }
-template <class T>
-size_t columns_shared(const Tiling& t) {  // bytes, see share_columns
-  return t.columns ? size_t(t.block_x) * t.vector * sizeof(T) : 0;
+// Launches the kernel for the tiling: it walks rows or columns, by vectors or by single elements. `shared`: bytes of
+// each channel that share_columns() shares.
+template <class Params>
+cudaError_t launch_tiled(const Tiling& t, size_t shared, const Params& p, cudaStream_t stream, void (*rows)(Params),
+                         void (*rows_by_one)(Params), void (*columns)(Params), void (*columns_by_one)(Params)) {
+  const auto kernel = choose(t.columns, t.vector == 1, rows, rows_by_one, columns, columns_by_one);
+  const size_t shared_bytes = t.columns ? size_t(t.block_x) * t.vector * shared : 0;
+  const dim3 grid(unsigned(t.grid_x), unsigned(t.grid_y)), block(unsigned(t.block_x), unsigned(t.block_y));
+  return launch(kernel, grid, block, stream, p, shared_bytes);
 }
-
-inline dim3 block_of(const Tiling& t) { return dim3(unsigned(t.block_x), unsigned(t.block_y)); }
 
 }  // namespace ldm_fused

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(Backwar
     add_vector<kFast<X>>(sums, mask, unit.first + at, p.silu, p.sums == 3, affine, vx, vdy, dz);
   });
 
-  using SumRows = Rows<GradientSums<A>, V>;
+  using SumRows = BlockValues<GradientSums<A>, V>;
   LDM_FUSED_SHARED(SumRows, rows);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) sums_columns(Backwar
   }
 }
 
-// Small: one block a group. A warp adds up the chunks of a channel, the block its channels; writes the totals of each
-// channel and the group's k1 and k2.
+// A small kernel: a block a group. A warp adds up the chunks of a channel, and the block adds up its channels. It
+// writes the totals of each channel and the group's k1 and k2.
 template <class A>
 __global__ void __launch_bounds__(kThreads) merge_sums(BackwardParams p) {
   const uint32_t n = blockIdx.x / uint32_t(p.shape.groups), g = blockIdx.x % uint32_t(p.shape.groups);
@@ -141,36 +141,25 @@ __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParam
 
 // ---- Launching ------------------------------------------------------------------------------------------------
 
-template <class X, class Y>
-cudaError_t launch_sums(const BackwardParams& p, cudaStream_t stream) {
-  constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-  const auto kernel = p.reduce.columns ? (p.reduce.vector == 1 ? sums_columns<X, Y, 1> : sums_columns<X, Y, V>)
-                                       : (p.reduce.vector == 1 ? sums_rows<X, Y, 1> : sums_rows<X, Y, V>);
-  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p,
-                columns_shared<ChannelAffine<Accumulate<X>>>(p.reduce));
-}
-
-template <class X, class Y>
-cudaError_t launch_input_gradient(const BackwardParams& p, cudaStream_t stream) {
-  constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-  const auto kernel = p.apply.columns
-                          ? (p.apply.vector == 1 ? input_gradient_columns<X, Y, 1> : input_gradient_columns<X, Y, V>)
-                          : (p.apply.vector == 1 ? input_gradient_rows<X, Y, 1> : input_gradient_rows<X, Y, V>);
-  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p,
-                columns_shared<ChannelGradient<Accumulate<X>>>(p.apply));
-}
-
 // All of the backward pass for a tensor that is not empty, asynchronously on `stream`.
-inline cudaError_t launch_two_pass_backward(const BackwardParams& p, Dtype x, Dtype dy, cudaStream_t stream) {
-  return dispatch_pair(x, dy, [&](auto x_type, auto dy_type) {
+inline cudaError_t launch_two_pass_backward(const BackwardParams& p, cudaStream_t stream) {
+  return dispatch_pair(p.x_dtype, p.dy_dtype, [&](auto x_type, auto dy_type) {
     using X = decltype(x_type);
     using Y = decltype(dy_type);
     using A = Accumulate<X>;
-    if (const cudaError_t error = launch_sums<X, Y>(p, stream)) return error;
+    constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+    if (const cudaError_t error =
+            launch_tiled(p.reduce, sizeof(ChannelAffine<A>), p, stream, sums_rows<X, Y, V>, sums_rows<X, Y, 1>,
+                         sums_columns<X, Y, V>, sums_columns<X, Y, 1>)) {
+      return error;
+    }
     const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
     if (const cudaError_t error = launch(merge_sums<A>, groups, kThreads, stream, p)) return error;
     if (const cudaError_t error = launch_parameter_gradients<A>(p, stream)) return error;
-    return p.dx == nullptr ? cudaSuccess : launch_input_gradient<X, Y>(p, stream);
+    if (p.dx == nullptr) return cudaSuccess;
+    return launch_tiled(p.apply, sizeof(ChannelGradient<A>), p, stream, input_gradient_rows<X, Y, V>,
+                        input_gradient_rows<X, Y, 1>, input_gradient_columns<X, Y, V>,
+                        input_gradient_columns<X, Y, 1>);
   });
 }
 

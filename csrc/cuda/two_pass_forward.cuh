@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) statistics_columns(F
     }
   }
 
-  using MomentRows = Rows<Moments<A>, V>;
+  using MomentRows = BlockValues<Moments<A>, V>;
   LDM_FUSED_SHARED(MomentRows, rows);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) statistics_columns(F
   }
 }
 
-// Small: one block a group merges the partial moments of its channels and chunks, in a fixed order.
+// A small kernel: a block merges the partial moments of a group's channels and chunks, in a fixed order.
 template <class A>
 __global__ void __launch_bounds__(kThreads) merge_statistics(ForwardParams p) {
   const uint32_t n = blockIdx.x / uint32_t(p.shape.groups), g = blockIdx.x % uint32_t(p.shape.groups);
@@ -174,32 +174,22 @@ __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
 
 // ---- Launching ------------------------------------------------------------------------------------------------
 
-template <class X>
-cudaError_t launch_statistics(const ForwardParams& p, cudaStream_t stream) {
-  constexpr int V = vector_of(sizeof(X));
-  const auto kernel = p.reduce.columns ? (p.reduce.vector == 1 ? statistics_columns<X, 1> : statistics_columns<X, V>)
-                                       : (p.reduce.vector == 1 ? statistics_rows<X, 1> : statistics_rows<X, V>);
-  return launch(kernel, grid_of(p.reduce), block_of(p.reduce), stream, p, columns_shared<Accumulate<X>>(p.reduce));
-}
-
-template <class X, class Y>
-cudaError_t launch_apply(const ForwardParams& p, cudaStream_t stream) {
-  constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-  const auto kernel = p.apply.columns ? (p.apply.vector == 1 ? apply_columns<X, Y, 1> : apply_columns<X, Y, V>)
-                                      : (p.apply.vector == 1 ? apply_rows<X, Y, 1> : apply_rows<X, Y, V>);
-  return launch(kernel, grid_of(p.apply), block_of(p.apply), stream, p,
-                columns_shared<ChannelAffine<Accumulate<X>>>(p.apply));
-}
-
 // All of the forward pass for a tensor that is not empty, asynchronously on `stream`.
-inline cudaError_t launch_two_pass_forward(const ForwardParams& p, Dtype x, Dtype y, cudaStream_t stream) {
-  return dispatch_pair(x, y, [&](auto x_type, auto y_type) {
+inline cudaError_t launch_two_pass_forward(const ForwardParams& p, cudaStream_t stream) {
+  return dispatch_pair(p.x_dtype, p.y_dtype, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
-    if (const cudaError_t error = launch_statistics<X>(p, stream)) return error;
+    using A = Accumulate<X>;
+    constexpr int V = vector_of(sizeof(X)), W = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+    if (const cudaError_t error = launch_tiled(p.reduce, sizeof(A), p, stream, statistics_rows<X, V>,
+                                               statistics_rows<X, 1>, statistics_columns<X, V>,
+                                               statistics_columns<X, 1>)) {
+      return error;
+    }
     const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
-    if (const cudaError_t error = launch(merge_statistics<Accumulate<X>>, groups, kThreads, stream, p)) return error;
-    return launch_apply<X, Y>(p, stream);
+    if (const cudaError_t error = launch(merge_statistics<A>, groups, kThreads, stream, p)) return error;
+    return launch_tiled(p.apply, sizeof(ChannelAffine<A>), p, stream, apply_rows<X, Y, W>, apply_rows<X, Y, 1>,
+                        apply_columns<X, Y, W>, apply_columns<X, Y, 1>);
   });
 }
 

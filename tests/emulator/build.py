@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ("tests/emulator",)
-MACHINE_SOURCES = ("tests/emulator/machine.cpp", "tests/emulator/callbacks.cpp")
+MACHINE_SOURCES = tuple(f"tests/emulator/{name}.cpp" for name in ("machine", "observer", "callbacks"))
 KERNELS = ("tests/emulator", "csrc")  # the emulator first: its cuda_runtime.h stands in for the toolkit's
 FLAGS = (
     "-O2 -g -std=c++17 -fPIC "

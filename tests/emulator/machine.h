@@ -6,8 +6,8 @@
 // stricter than the hardware on purpose: naming a thread that has exited, or reaching a primitive on different source
 // lines, is an error here, since what a GPU makes of it depends on the architecture and on the compiler.
 //
-// The compiler tells the machine of every access to memory that is not a thread's own (callbacks.cpp), and memory.h
-// says what is wrong with one.
+// The compiler tells of every access to memory that is not a thread's own (callbacks.cpp); the observer says what is
+// wrong with it (observer.cpp).
 #pragma once
 
 #include <cstddef>
