@@ -6,6 +6,11 @@ from typing import Optional
 from torch import Tensor, nn
 
 from . import functional, pristine, reference
+from .patching import read_block, trial
+from .patching.adapters.own import BLOCK
+from .patching.call import Call
+from .patching.report import UnsupportedBlock
+from .patching.source import Unreadable
 from .resnet import resnet
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
@@ -20,10 +25,6 @@ class GroupNormSiLU(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
-
-
-class UnsupportedBlock(ValueError):
-    """Raised by :meth:`FusedResnetBlock.from_module` for a block that it cannot stand in for; says why."""
 
 
 class FusedResnetBlock(reference.ResnetBlock):
@@ -61,18 +62,14 @@ class FusedResnetBlock(reference.ResnetBlock):
         """A fused block that shares ``block``'s submodules and Parameters.
 
         Accepts the reference block, fused blocks, and any other class that has exactly their submodules and whose
-        forward is their formula, which is read, and tried on a private copy with random weights.
+        forward is their formula, which is read, and tried on a copy with random weights.
 
         Raises:
             UnsupportedBlock: with the reason.
         """
-        from .patching import trial  # it serves blocks of this class too
-        from .patching.adapters.ldm import BLOCK
-        from .patching.call import Call
-
         reason = pristine.why_not_instance(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
-            reason = why_not_structure(block) or why_not_formula(block) or trial.why_not(block, BLOCK)
+            reason = why_not_structure(block) or why_not_formula(block) or trial.difference(block, BLOCK)
         if reason is not None:
             raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
         if type(block) not in KNOWN_CLASSES and not _takes_x_and_temb(type(block)):
@@ -169,14 +166,11 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
 
 def why_not_formula(block: nn.Module) -> Optional[str]:
     """The reason why ``block``'s forward is not the reference block's, or None."""
-    from .patching.adapters import formula
-    from .patching.source import Unreadable
-
     try:
-        read = formula.read(block)
+        read = read_block.read(block)
     except Unreadable as reason:
         return str(reason)
-    for found in read.blocks.values():
+    for found in read.formulas.values():
         roles = found.norm1, found.act1, found.conv1, found.norm2, found.act2, found.conv2, found.resample
         if roles != ("norm1", None, "conv1", "norm2", None, "conv2", None):
             return f"its parts have other roles: {', '.join(map(str, roles))}"

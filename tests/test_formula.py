@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ldm_fused
+from ldm_fused.patching import Block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -407,7 +408,7 @@ class Listing(Parts):
         return x + self.body(x)
 
 
-class ListingAdapter(ldm_fused.Adapter):
+class ListingAdapter(Block):
     def sites(self, module):
         return "a", "b"
 
@@ -415,8 +416,7 @@ class ListingAdapter(ldm_fused.Adapter):
         return (torch.randn(2, 32, 6, 4),)
 
     def forward(self, module, x):
-        from ldm_fused.patching.resnet import resnet
-        return resnet(module, x, norm1=module.a, conv1=module.c, norm2=module.b, conv2=module.d)
+        return self.resnet(module, x, norm1=module.a, conv1=module.c, norm2=module.b, conv2=module.d)
 
 
 def test_a_trial_leaves_lists_and_dicts_alone(registered):

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import textwrap
 import types
 import weakref
 from pathlib import Path
@@ -22,9 +23,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, pristine, reference, resnet
+from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, patching, pristine, reference, resnet
 from ldm_fused.compat import ldm as compat
-from ldm_fused.patching import pair, site
+from ldm_fused.patching import adapter, pair, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tensors are small here, and kernels have their own tests
 
@@ -227,8 +228,8 @@ def test_patching_again_changes_recompute():
     model = Model()
     ldm_fused.patch(model)
     ldm_fused.patch(model, recompute=True)
-    assert site.state(model.first).recompute and not ldm_fused.patch(model).replaced
-    assert not site.state(model.first).recompute
+    assert vars(model.first)[swap.STATE].recompute and not ldm_fused.patch(model).replaced
+    assert not vars(model.first)[swap.STATE].recompute
 
 
 def test_the_random_state_is_left_alone(load):
@@ -552,10 +553,9 @@ def test_gradient_checkpointing():
 
 
 def test_the_documentations_example(registered):
-    lines = inspect.getdoc(ldm_fused.Adapter).split("\n")
-    start, end = (next(i for i, line in enumerate(lines) if text in line)
-                  for text in ("import resnet", "Anything else"))
-    example = "\n".join(line[4:] for line in lines[start:end])
+    lines = inspect.getdoc(patching.Block).split("\n")
+    start = next(i for i, line in enumerate(lines) if "class MyBlock" in line)
+    example = textwrap.dedent("\n".join(lines[start:]))
     exec(example, dict(ldm_fused=ldm_fused, torch=torch, my_code=types.SimpleNamespace(Block=TwoNorms)))
     patched, run = check(TwoNorms().double(), (random(2, 32, 6, 5),))
     assert patched.replaced == [("", TwoNorms, ("norm1", "norm2"))] and run.share == 1
@@ -582,7 +582,7 @@ class PreactAdapter(ldm_fused.Adapter):
         return torch.randn(2, 32, 5), 0.5
 
     def forward(self, module, x, times=1.0):
-        h, _ = resnet.norm_swish(module.gn, x, count=site.sites(module)[0].count)
+        h, _ = resnet.norm_swish(module.gn, x, count=adapter.sites(module)[0].count)
         return self.factor * times * module.linear(h)
 
 

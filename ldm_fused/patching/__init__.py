@@ -1,8 +1,9 @@
-"""One line for a model that exists: ``ldm_fused.patch(model)`` serves every GroupNorm and activation that it knows."""
+"""One line for a model that exists: ``ldm_fused.patch(model)`` fuses every GroupNorm and activation that it knows."""
 
-from .adapter import Adapter, register_block, register_norm
-from .patch import PatchReport, is_patched, patch, patched, unpatch
-from .site import RunReport, disabled, report
+from .adapter import Adapter, Block, register_block, register_norm
+from .api import is_patched, patch, patched, unpatch
+from .report import PatchReport, RunReport
+from .swap import disabled
 
-__all__ = ["Adapter", "PatchReport", "RunReport", "disabled", "is_patched", "patch", "patched", "register_block",
-           "register_norm", "report", "unpatch"]
+__all__ = ["Adapter", "Block", "PatchReport", "RunReport", "disabled", "is_patched", "patch", "patched",
+           "register_block", "register_norm", "unpatch"]

@@ -1,58 +1,51 @@
-"""What an adapter is: how instances of one class are served. And which class has which."""
+"""What an adapter is: how ``patch`` fuses the instances of a class. And which class has which."""
 
 import sys
 from types import ModuleType
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import pristine
+from ..resnet import resnet
 
-__all__ = ["Adapter", "register_block", "register_norm"]
+__all__ = ["Adapter", "Block", "register_block", "register_norm"]
+
+STATE = "_ldm_fused"
+"""The one attribute that ``patch`` puts on an instance: its :class:`ldm_fused.patching.swap.State`."""
+
+
+def sites(module: nn.Module) -> Tuple[Any, ...]:
+    """The :class:`ldm_fused.patching.swap.Site` of each norm of a patched module, in its adapter's order."""
+    return module.__dict__[STATE].sites
 
 
 class Adapter:
-    """How the instances of one class, and of no subclass, are served. An adapter has no state: one serves many classes.
+    """How the instances of one class, and of no subclass, are fused. An adapter has no state: classes may share it.
 
-    :func:`ldm_fused.patch` asks :meth:`why_not` of each instance, tries :meth:`forward` against the class's own on a
-    small private copy with random weights, forward and backward, and then swaps the instance's class for a subclass
-    in which ``method`` is :meth:`forward`. It gets as many of the class's arguments as it takes; where another one is
-    not what it is by default, the class's own method runs. A class whose forward is the formula of a block needs no
-    adapter. One for a block of norm, swish, convolution, twice, would be::
-
-        from ldm_fused.patching.resnet import resnet
-
-        class MyBlock(ldm_fused.Adapter):
-            def sites(self, block):
-                return "norm1", "norm2"
-
-            def example(self, block):
-                return (torch.randn(2, block.norm1.num_channels, 6, 4),)
-
-            def forward(self, block, x):
-                return resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2)
-
-        ldm_fused.register_block(my_code.Block, MyBlock())
-
-    Anything else is composed of :func:`ldm_fused.resnet.norm_swish`, which calls a norm that must not be bypassed, and
-    tells :class:`ldm_fused.patching.site.Site` of it.
+    :func:`ldm_fused.patch` asks :meth:`why_not` of each instance and tries :meth:`forward` against the class's own on a
+    small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in which
+    ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names; where another
+    argument is not its default, the class's own method runs. A class whose forward is the formula of a block needs no
+    adapter. :class:`Block` has an example. What is no block of two norms calls :func:`ldm_fused.resnet.norm_swish`,
+    which calls a norm that must not be bypassed, and tells a site of :func:`sites` what it did.
     """
 
     method = "forward"
     """The method that is taken over."""
 
     kind = "block"
-    """``"block"`` or ``"norm"``: which of :func:`ldm_fused.patch`'s switches it hangs on."""
+    """``"block"`` or ``"norm"``: which option of :func:`ldm_fused.patch` turns it off."""
 
     is_container = False
-    """Whether the class only holds parts, so that its subclasses are nothing to tell of."""
+    """Whether the class only holds parts: ``patch`` then reports nothing of its subclasses."""
 
     def why_not(self, module: nn.Module) -> Optional[str]:
-        """The reason why this instance cannot be served, or None. Asked once, by ``patch``."""
+        """The reason why this instance cannot be fused, or None. ``patch`` asks once."""
         return None
 
     def sites(self, module: nn.Module) -> Sequence[str]:
-        """The names of its norms, as ``module.get_submodule`` takes them, in the order of ``site.sites(module)``."""
+        """The names of its norms, as ``module.get_submodule`` takes them."""
         raise NotImplementedError
 
     def parts(self, module: nn.Module) -> Dict[str, "Adapter"]:
@@ -60,7 +53,7 @@ class Adapter:
         return {}
 
     def variant(self, module: nn.Module) -> Hashable:
-        """What decides, beside sizes, what the class's forward does: instances of equal variants are tried once."""
+        """What decides, beside sizes, what the class's forward does: one instance of each variant is tried."""
         simple = (bool, int, float, str, type(None))
         attributes = tuple((k, v) for k, v in sorted(vars(module).items())
                            if k[0] != "_" and k != "training" and isinstance(v, simple))
@@ -86,25 +79,53 @@ class Adapter:
         return hash(type(self))
 
 
+class Block(Adapter):
+    """An adapter for blocks of norm, swish, convolution, twice. One for a class of your own would be::
+
+        class MyBlock(ldm_fused.patching.Block):
+            def example(self, block):
+                return (torch.randn(2, block.norm1.num_channels, 6, 4),)
+
+            def forward(self, block, x):
+                return self.resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2)
+
+        ldm_fused.register_block(my_code.Block, MyBlock())
+    """
+
+    def sites(self, block: nn.Module) -> Sequence[str]:
+        return "norm1", "norm2"
+
+    def resnet(self, block: nn.Module, x: Tensor, *, recompute: bool = False, **parts: Any) -> Tensor:
+        """:func:`ldm_fused.resnet.resnet`, which counts at ``block``'s first two sites, and recomputes where ``patch``
+        or the block itself asks for it."""
+        first, second = sites(block)[:2]
+        return resnet(x, recompute=recompute or block.__dict__[STATE].recompute, counts=(first.count, second.count),
+                      **parts)
+
+
+def channels(norm: nn.Module) -> int:
+    """How many channels a norm has, or whatever stands in its place."""
+    return getattr(norm, "num_channels", None) or next(p.shape[0] for p in norm.parameters())
+
+
 registered: Dict[type, Adapter] = {}
 norms: Dict[type, pristine.Norm] = {}
 
 
 def register_block(cls: type, adapter: Adapter) -> None:
-    """From now on ``patch`` serves the instances of ``cls``, not of its subclasses, by ``adapter``.
+    """From now on ``patch`` fuses the instances of ``cls``, not of its subclasses, by ``adapter``.
 
     Raises:
         TypeError: for a ``cls`` that is no class of modules, or an adapter that is no :class:`Adapter`.
     """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
+    _check_class(cls)
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an instance of ldm_fused.Adapter, got {adapter!r}")
     registered[cls] = adapter
 
 
 def register_norm(cls: type, *, keeps_dtype: bool = False, activated: bool = False) -> None:
-    """From now on ``patch`` serves the instances of ``cls``, not of its subclasses, as GroupNorms with the attributes
+    """From now on ``patch`` fuses the instances of ``cls``, not of its subclasses, as GroupNorms with the attributes
     ``num_groups``, ``weight``, ``bias`` and ``eps``, alone and in blocks. A class whose forward can be read needs none.
 
     Args:
@@ -114,9 +135,13 @@ def register_norm(cls: type, *, keeps_dtype: bool = False, activated: bool = Fal
     Raises:
         TypeError: for a ``cls`` that is no class of modules.
     """
+    _check_class(cls)
+    norms[cls] = pristine.Norm(keeps_dtype=keeps_dtype, activated=activated)
+
+
+def _check_class(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
-    norms[cls] = pristine.Norm(keeps_dtype=keeps_dtype, activated=activated)
 
 
 def imported(path: str) -> Optional[type]:
@@ -125,7 +150,7 @@ def imported(path: str) -> Optional[type]:
     for i in range(len(parts) - 1, 0, -1):
         found = sys.modules.get(".".join(parts[:i]))
         if found is not None:
-            for name in parts[i:]:  # not getattr of a module, by which lazy ones import what was not asked for
+            for name in parts[i:]:  # getattr would make a lazy module import what nobody asked for
                 found = vars(found).get(name) if isinstance(found, ModuleType) else getattr(found, name, None)
             return found if isinstance(found, type) and issubclass(found, nn.Module) else None
     return None

@@ -1,4 +1,4 @@
-"""How a patched class is called: by the class's own signature, for all adapters in one place."""
+"""How a patched class is called: by its own signature, whatever its adapter."""
 
 import inspect
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
@@ -9,17 +9,16 @@ _MISSING = inspect.Parameter.empty
 
 
 class Call:
-    """Which arguments of a class's method an adapter's forward takes: the first ones, whatever they are called.
+    """Which arguments of a class's method an adapter's forward takes: the first ones, by the class's names.
 
-    An argument behind those is ignored where it is its own default, and otherwise means that the class's own method
-    must run.
+    An argument behind those is ignored where it is its default; otherwise the class's own method must run.
     """
 
-    def __init__(self, own: Callable, served: Callable) -> None:
-        """``own`` is the class's function, with self; ``served`` the adapter's bound method, with the module."""
+    def __init__(self, own: Callable, fused: Callable) -> None:
+        """``own`` is the class's function, which takes self; ``fused`` the adapter's method, which takes the module."""
         theirs = list(inspect.signature(own).parameters.values())[1:]
-        ours = list(inspect.signature(served).parameters.values())[1:]
-        if theirs and theirs[0].kind is inspect.Parameter.VAR_POSITIONAL:  # handed on to a base, whose names are ours
+        ours = list(inspect.signature(fused).parameters.values())[1:]
+        if theirs and theirs[0].kind is inspect.Parameter.VAR_POSITIONAL:  # a base takes them, by our names
             theirs = ours
         positional = [p for p in theirs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ours)
@@ -57,11 +56,8 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def has_proxy(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
-    """Whether ``torch.fx`` traces, which reads the class's own code."""
-    for value in args:
-        if isinstance(value, torch.fx.Proxy):
-            return True
-    for value in kwargs.values():
+    """Whether ``torch.fx`` traces: it must see the class's own code."""
+    for value in (*args, *kwargs.values()):
         if isinstance(value, torch.fx.Proxy):
             return True
     return False

@@ -1,7 +1,6 @@
-"""Is what a method computes exactly the formula of a ResNet block, and which part plays which role? Or that of a norm?
+"""Whether a graph is exactly the formula of a ResNet block, and which part has which role; or that of a norm.
 
-The graph says it, whatever the parts are called. Where a node is left that the formula has no place for, nothing is
-served.
+The graph tells the roles, whatever the parts are called. A node that has no place in the formula refuses the whole.
 """
 
 import operator
@@ -21,11 +20,11 @@ DIVIDE = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 SIGMOID = {torch.sigmoid, F.sigmoid, "sigmoid"}
 CAST = {"to", "type", "type_as"}
 CHUNK = {torch.chunk, "chunk"}
-PURE = {getattr, operator.getitem, "size", "dim"}  # may be left over
+PURE = {getattr, operator.getitem, "size", "dim"}  # they change nothing: a node of these needs no place
 
 
 class Block(NamedTuple):
-    """The roles of a block's parts: paths of modules, and numbers. All of it can be compared and pickled."""
+    """The roles of a block's parts: paths of modules, and numbers, which can be compared and pickled."""
 
     rank: int  # of x
     norm1: str
@@ -38,10 +37,10 @@ class Block(NamedTuple):
     shortcut: Optional[str] = None
     resample: Optional[str] = None  # before conv1
     resample_x: Optional[str] = None
-    contiguous: bool = False  # x is made so first
+    contiguous: bool = False  # the class makes x contiguous first
     embedding: Optional[Tuple[Optional[str], ...]] = None  # modules one after the other; None for swish
-    modulation: Optional[Tuple[str, str]] = None  # the embedding's halves: "scale" and "shift" in their order
-    cast: bool = False  # the embedding, to the dtype of what it is added to
+    modulation: Optional[Tuple[str, str]] = None  # the embedding's halves: "scale" and "shift", or the other way round
+    cast: bool = False  # the class casts the embedding to the dtype of what it is added to
     factor: float = 1.0
 
 
@@ -51,7 +50,7 @@ class Reader:
     def __init__(self, traced: Traced, module: nn.Module) -> None:
         self.traced, self.module = traced, module
         self.used: List[fx.Node] = []
-        self.cast_to: List[fx.Node] = []  # whose dtype an embedding is cast to
+        self.cast_to: List[fx.Node] = []  # the nodes whose dtype an embedding is cast to
         [self.output] = [n for n in traced.graph.nodes if n.op == "output"]
 
     def take(self, node: fx.Node) -> fx.Node:
@@ -59,7 +58,7 @@ class Reader:
         return node
 
     def part(self, node: Any) -> Optional[nn.Module]:
-        """The module that a node is a call of, with one tensor and nothing else."""
+        """The module that a node calls with one tensor and nothing else; or None."""
         if isinstance(node, fx.Node) and node.op == "call_module" and not node.kwargs and len(node.args) == 1 \
                 and isinstance(node.args[0], fx.Node):
             return self.module.get_submodule(node.target)
@@ -68,7 +67,7 @@ class Reader:
     def finish(self) -> None:
         """
         Raises:
-            Unreadable: where a node is left over, or read by more than the formula has.
+            Unreadable: where a node has no place in the formula, or more readers than there.
         """
         used = set(self.used) | {self.output}
         inputs = set(self.traced.inputs)
@@ -84,7 +83,7 @@ class Reader:
                 raise Unreadable(f"{node} has no place in the formula")
 
     def is_fresh(self, node: fx.Node) -> bool:
-        """Whether a node is a tensor of its own, with one reader."""
+        """Whether a node makes a new tensor that one node reads."""
         module = self.module.get_submodule(node.target) if node.op == "call_module" else None
         made = module is not None and not isinstance(module, nn.Identity) or _is(node, ADD | MULTIPLY | {
             F.silu, F.group_norm, F.dropout})
@@ -93,7 +92,7 @@ class Reader:
     # ---- Pieces of formulas ----------------------------------------------------------------------------------------
 
     def swish(self, node: Any) -> Optional[Tuple[fx.Node, Optional[str]]]:
-        """What ``node`` is swish of, and the path of the module that computes it; or None."""
+        """What ``node`` computes swish of, and the path of the module that does, if one does; or None."""
         module = self.part(node)
         if module is not None:
             return (self.take(node).args[0], node.target) if pristine.is_activation(module) else None
@@ -161,7 +160,7 @@ class Reader:
         return None
 
     def views(self, node: fx.Node, rank: int) -> fx.Node:
-        """What ``node`` shows with axes of size 1 behind its own, ``rank`` with them; and with a cast."""
+        """What ``node`` is a view of, with axes of size 1 behind its own, and casts between."""
         while True:
             if _is(node, CAST) and len(node.args) == 2 and not node.kwargs:
                 dtype = node.args[1]
@@ -297,7 +296,7 @@ def _block(r: Reader, order: int) -> Block:
     if len(paths) > 1:
         raise Unreadable("its shortcut has several parts")
     shortcut = paths[0] if paths else None
-    for node in r.cast_to:  # a dtype that is the block's, not the embedding's
+    for node in r.cast_to:  # it must have the block's dtype, not the embedding's
         if node is not conv1 and node is not x:
             raise Unreadable(f"the embedding is cast to {node}'s dtype")
     r.finish()
@@ -334,7 +333,7 @@ def _of_rank(node: Any, rank: int) -> Any:
 
 
 def norm(traced: Traced, module: nn.Module) -> pristine.Norm:
-    """What is to be known of a class of norms with ``num_groups``, ``weight``, ``bias`` and ``eps``.
+    """What a class of norms computes that has ``num_groups``, ``weight``, ``bias`` and ``eps``.
 
     Raises:
         Unreadable: where it computes anything but group_norm, with the activation behind it or without.
@@ -372,7 +371,7 @@ def norm(traced: Traced, module: nn.Module) -> pristine.Norm:
 
 
 def _uncast(r: Reader, node: Any, x: fx.Node) -> Tuple[Any, bool]:
-    """What is under casts to float32 and to x's dtype, and whether the last was to x's."""
+    """What casts to float32 and to x's dtype are applied to, and whether the last of them was to x's."""
     last = None
     while isinstance(node, fx.Node) and node.op == "call_method":
         if node.target == "float" and len(node.args) == 1 and not node.kwargs:

@@ -10,7 +10,7 @@ from . import formula, source, swap
 from .source import Unreadable
 from .trace import trace
 
-_SIZES = {"num_groups", "eps", "num_channels", "affine"}  # of which the op is told in each call
+_SIZES = {"num_groups", "eps", "num_channels", "affine"}  # the op is told of them in each call
 
 
 class ReadNorm:
@@ -35,7 +35,7 @@ def looks_like_a_norm(module: nn.Module) -> bool:
 
 
 def norm(module: nn.Module) -> Optional[str]:
-    """Reads what a norm computes; the reason why that is not known, or None."""
+    """Reads what a norm computes and remembers it; gives the reason why nobody can tell, or None."""
     cls = type(module)
     known = pristine._NORMS.get(cls)
     if isinstance(known, pristine.Norm) or known is not None and known(module) is not None:
@@ -63,7 +63,7 @@ def norm(module: nn.Module) -> Optional[str]:
 
 
 def activation(module: nn.Module) -> None:
-    """Reads whether a module without parts and parameters computes swish, and remembers it of its class."""
+    """Reads whether a module without parts and parameters computes swish, and remembers that for its class."""
     cls = type(module)
     if cls in _no_activations or pristine.is_activation(module) or module._modules or module._parameters:
         return
@@ -78,7 +78,7 @@ def activation(module: nn.Module) -> None:
 
 
 def convolution(module: nn.Module) -> None:
-    """A subclass of PyTorch's convolutions that changes nothing of what they compute is known as they are."""
+    """Remembers a subclass of PyTorch's convolutions that computes what they do."""
     cls = type(module)
     for base in (nn.Conv2d, nn.Conv3d, nn.Conv1d):
         if isinstance(module, base) and cls.forward is base.forward and cls._conv_forward is base._conv_forward:

@@ -1,8 +1,7 @@
-"""A norm and an activation that are called one after the other in the forward of the module that has them.
+"""A norm and an activation that a module's forward calls one after the other.
 
-That forward is neither copied nor changed. The parent says, while its forward runs, that it does; then its norm
-computes the activation too, and the activation passes that very tensor on. Each of them called alone, or from
-elsewhere, computes what it always did, to the bit.
+That forward is neither copied nor changed. While it runs, its norm computes the activation too, and the activation
+passes that very tensor on. Each of them, called alone or from elsewhere, computes what it always did, to the bit.
 """
 
 import ast
@@ -16,10 +15,11 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import functional, pristine
+from .. import pristine
 from ..route import decided
-from . import site, swap
-from .adapter import Adapter
+from . import swap
+from .adapter import STATE, Adapter, sites
+from .norm import group_norm, why_called
 
 
 class _Frame:
@@ -29,9 +29,9 @@ class _Frame:
                  why_not: Optional[str]) -> None:
         self.norm, self.act, self.count = norm, act, count
         self.passes_on = passes_on  # whether the activation passes on what the norm has activated
-        self.called = False  # whether the norm's forward was
-        self.why_not = why_not  # the two are not fused
-        self.pending: Optional[Tensor] = None  # which the norm has, and the activation has not seen
+        self.called = False  # whether the norm was
+        self.why_not = why_not  # the reason why the two are not fused
+        self.pending: Optional[Tensor] = None  # what the norm has activated and the activation has not seen
 
 
 class _Here(threading.local):
@@ -51,7 +51,7 @@ class Norm(Adapter):
         if frame is None or frame.norm is not norm:
             return swap.as_before(norm, input)
         frame.called = True
-        reason = decided(_why_not_both, norm, frame, input)
+        reason = decided(_why_apart, norm, frame, input)
         frame.count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
@@ -60,28 +60,14 @@ class Norm(Adapter):
         return y
 
 
-def _why_not_both(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
-    """The reason why the norm and the activation must be called, or None."""
+def _why_apart(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
+    """The reason why the norm and the activation are called, or None where the two are fused."""
     cls = swap.original(type(norm))
-    reason = (frame.why_not or pristine.why_not_class(cls) or pristine.why_not_hooked(norm)
-              or pristine.why_not_beside(norm, x) or _why_not_now(norm, cls))
+    reason = frame.why_not or pristine.why_not_hooked(norm) or why_called(norm, cls, x)
     if reason is None and frame.act is not None:
         reason = pristine.why_not_class(swap.original(type(frame.act))) or pristine.why_not_hooked(frame.act)
         reason = reason and f"its activation: {reason}"
     return reason
-
-
-def _why_not_now(norm: nn.Module, cls: type) -> Optional[str]:
-    known = pristine.known_norm(norm, cls)
-    return "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
-
-
-def group_norm(norm: nn.Module, cls: type, x: Tensor, activation: Optional[str]) -> Tensor:
-    """What a norm of the class ``cls`` that is known gives, by the op, in the dtype that the class gives."""
-    arguments = norm.num_groups, norm.weight, norm.bias, norm.eps
-    if pristine.known_norm(norm, cls).keeps_dtype:
-        return functional.group_norm_act_as(None, x, *arguments, activation=activation)
-    return functional.group_norm_act(x, *arguments, activation=activation)
 
 
 class Act(Adapter):
@@ -102,7 +88,7 @@ def _seen(x: Tensor) -> bool:
 
 
 class Parent(Adapter):
-    """The module whose forward calls its ``norm`` and on the result, at once, its ``act``; both are names."""
+    """A module whose forward calls its ``norm``, and on the result at once its ``act``; both are names."""
 
     is_container = True
 
@@ -114,9 +100,9 @@ class Parent(Adapter):
         known = pristine.known_norm(norm)
         if known is None or known.activated:
             return f"{self.norm} is a {type(norm).__name__}, no norm that is known"
-        return self.why_not_activation(parent)
+        return self.not_swish(parent)
 
-    def why_not_activation(self, parent: nn.Module) -> Optional[str]:
+    def not_swish(self, parent: nn.Module) -> Optional[str]:
         act = getattr(parent, self.act, None)
         known = isinstance(act, nn.Module) and pristine.is_activation(act)
         return None if known else f"{self.act} is a {type(act).__name__}, not SiLU"
@@ -128,18 +114,18 @@ class Parent(Adapter):
         return {self.norm: Norm(), self.act: Act()}
 
     def example(self, parent: nn.Module):
-        return None  # a whole model: looked at while it runs, by what is still pending at its end
+        return None  # it may be a whole model: what is pending at its end tells whether it is right
 
     def variant(self, parent: nn.Module):
         return None
 
     def forward(self, parent: nn.Module, *args, **kwargs):
-        state, before = site.state(parent), _here.frame
-        _here.frame = frame = _Frame(getattr(parent, self.norm), self.activation(parent), state.sites[0].count,
+        state, before = parent.__dict__[STATE], _here.frame
+        _here.frame = frame = _Frame(getattr(parent, self.norm), self.activation(parent), sites(parent)[0].count,
                                      self.passes_on(), state.why_not)
         try:
             result = self.body(parent, frame, *args, **kwargs)
-            if frame.pending is not None:  # somebody changed the class's forward, and this result is wrong
+            if frame.pending is not None:  # the forward does something else, and this result is wrong
                 frame.why_not = state.why_not = f"{self.act} was not called on what {self.norm} gave"
                 frame.pending = None
                 result = self.body(parent, frame, *args, **kwargs)
@@ -162,11 +148,11 @@ class Parent(Adapter):
 class ParentOfFunction(Parent):
     """The same where the activation is a global function, such as ``nonlinearity`` or ``F.silu``.
 
-    The class's forward is run with that one name meaning a function that passes on what is activated already. While
-    compiling, which goes by the file, the class's forward runs as it is, and the norm alone is fused.
+    The class's forward runs with that one name meaning a function that passes on what is activated already. A compiler
+    goes by the file: for it the forward runs unchanged, and the norm alone is fused.
     """
 
-    def why_not_activation(self, parent: nn.Module) -> Optional[str]:
+    def not_swish(self, parent: nn.Module) -> Optional[str]:
         act = _global(swap.original(type(parent)).forward, self.act)
         return None if isinstance(act, FunctionType) and pristine.is_swish(act) else f"{self.act} is not swish"
 

@@ -1,7 +1,7 @@
-"""What a trace of a function does not see is looked for in its source: what it branches on, and what it does beside.
+"""What a trace of a function does not see and its source says: what it branches on, and what it does beside.
 
-A trace follows one way through the code. It may stand for all calls only if the way depends on nothing but attributes
-of ``self``, which are looked at again in each call, whether an argument is None, and how many dimensions a tensor has.
+A trace follows one way through the code. It stands for all calls only if that way depends on nothing but attributes of
+``self``, which each call checks again, whether an argument is None, and how many dimensions a tensor has.
 """
 
 import ast
@@ -22,12 +22,11 @@ _REFUSED = {ast.Try: "catches exceptions", ast.With: "has a with statement", ast
 
 
 class Unreadable(Exception):
-    """Says why it is not known what a class computes."""
+    """Says why nobody can tell what a class computes."""
 
 
 class Source(NamedTuple):
-    """The attributes of self, dotted, that a function reads, those that it branches on, and those of which it asks
-    whether they are there."""
+    """The attributes of self, dotted, that a function reads, that it branches on, and whose presence it asks for."""
 
     read: Tuple[str, ...]
     tested: Tuple[str, ...]
@@ -38,7 +37,7 @@ def text_of(code: CodeType, cls: type) -> str:
     try:
         return textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
-        # Classes that carry their file with them, as those of EDM's pickles do.
+        # A class of EDM's pickles carries its file's text.
         text = getattr(cls, "_orig_module_src", None)
         if isinstance(text, str) and code.co_filename == "<string>":
             lines = text.splitlines()[code.co_firstlineno - 1:]
@@ -73,7 +72,7 @@ class _Function:
         self.self = parameters[0].arg if parameters and parameters[0].arg == "self" else None
         self.parameters = {a.arg for a in [*parameters, *function.args.kwonlyargs]}
         self.tested: Set[str] = set()
-        self.present: Set[str] = set()  # whose being there alone is asked
+        self.present: Set[str] = set()  # the function asks whether they are there
         self.checked: Set[str] = set()  # local names
         self.body = function.body if isinstance(function.body, list) else [function.body]
 
@@ -140,7 +139,7 @@ class _Function:
         return name not in self.parameters and bool(list(self.assigned(name)))
 
     def assigned(self, name: str) -> Iterator[Tuple[ast.AST, Optional[ast.AST]]]:
-        """Where the local name gets a value, and the value; None for one that nobody knows."""
+        """Where the local name gets a value, and the value, None if it is not a single expression."""
         for node in self.nodes():
             if isinstance(node, ast.Assign):
                 for target in node.targets:
@@ -173,7 +172,7 @@ class _Function:
         if name == "len" and isinstance(first, ast.Attribute) and first.attr == "shape":
             return True
         if name == "len" and first is not None and self.path(first) is not None:
-            return False  # of what may change unseen
+            return False  # it may change unseen
         return isinstance(call.func, ast.Attribute) and call.func.attr == "dim" and not call.args
 
 
@@ -191,7 +190,7 @@ def _tests(node: ast.AST) -> List[ast.AST]:
 
 
 def told(module: nn.Module, path: str) -> Any:
-    """What a branch on ``self.path`` sees, as far as it may be kept: of a module no more than that it is there."""
+    """What a branch on ``self.path`` sees, as far as it may be kept: of a module or a tensor its presence alone."""
     value: Any = module
     for name in path.split("."):
         value = getattr(value, name, ABSENT)
@@ -205,7 +204,7 @@ def is_simple(value: Any) -> bool:
 
 
 def is_numpys(value: Any) -> bool:
-    """Whether it is a number of numpy's, which compilers take for a tensor: what branches on it cannot be compiled."""
+    """Whether it is a number of numpy's. Compilers take it for a tensor, and cannot branch on it."""
     return type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0
 
 

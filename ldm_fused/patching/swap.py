@@ -1,25 +1,111 @@
-"""Swapping an instance's class for a subclass that serves it, and back."""
+"""Swapping an instance's class for a subclass that fuses it, and back; what the instance keeps; the switch."""
 
 import copyreg
+import os
 import weakref
+from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .. import pristine
 from ..route import decided
-from . import site
-from .adapter import Adapter
+from .adapter import STATE, Adapter, sites
 from .call import Call, has_proxy
-from .site import STATE, State, is_disabled, state
 
-# A class goes when its last instance does, and with it what it was made of.
+# ---- The switch ----------------------------------------------------------------------------------------------------
+
+_disabled = 1 if os.environ.get("LDM_FUSED_DISABLE", "") not in ("", "0") else 0
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Within it patched modules run the code that they had before, to the bit, in the whole process.
+
+    The environment variable ``LDM_FUSED_DISABLE=1`` does so from the start.
+    """
+    global _disabled
+    _disabled += 1
+    try:
+        yield
+    finally:
+        _disabled -= 1
+
+
+# ---- What an instance keeps ----------------------------------------------------------------------------------------
+
+
+class Site:
+    """One norm at run time: calls and bytes of its input, fused under None, others under the reason."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: Dict[Optional[str], int] = {}
+        self.bytes: Dict[Optional[str], int] = {}
+
+    def count(self, x: Optional[Tensor], reason: Optional[str]) -> None:
+        """Counts a call. ``x`` is None where nobody saw it.
+
+        Compiled code does not count: its guards would see the counter change, and compile anew in each call. Neither
+        does a backward pass, which computes again what was counted.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._current_graph_task_id() != -1:
+            return
+        self.calls[reason] = self.calls.get(reason, 0) + 1
+        self.bytes[reason] = self.bytes.get(reason, 0) + (0 if x is None else x.numel() * x.element_size())
+
+    def __reduce__(self):
+        return Site, (self.name,)  # a copy starts at zero
+
+
+class State:
+    """How an instance is fused."""
+
+    def __init__(self, adapter: Adapter, module: nn.Module, recompute: bool) -> None:
+        self.adapter = adapter
+        self.sites = tuple(Site(name) for name in adapter.sites(module))
+        self.recompute = recompute
+        self.why_not: Optional[str] = None  # found out at run time
+        self.known = pristine.knowledge(module)
+        # A class with ways of its own to be copied goes by them, and its copies are unpatched.
+        cls = type(module)
+        self.travels = (cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__
+                        or "_ldm_fused_original" in vars(cls))
+
+    def __reduce__(self):
+        if not self.travels:
+            return dict, ()
+        return _revived, (self.known, self.adapter, self.sites, self.recompute)
+
+
+def _revived(known, adapter: Adapter, sites: Tuple[Site, ...], recompute: bool) -> State:
+    """A state in another process, which has not learned the classes of norms yet."""
+    pristine.learn(known)
+    state = State.__new__(State)
+    state.adapter, state.sites, state.recompute, state.known = adapter, sites, recompute, known
+    state.why_not, state.travels = None, True
+    return state
+
+
+def count_unseen(module: nn.Module, reason: str) -> None:
+    """Counts a call of each norm of a patched module that was not fused, where nobody saw the norms' inputs."""
+    for site in sites(module):
+        site.count(None, reason)
+
+
+# ---- Classes -------------------------------------------------------------------------------------------------------
+
+# A subclass lives as long as one of its instances.
 _subclasses: "weakref.WeakValueDictionary[Tuple[type, Adapter], type]" = weakref.WeakValueDictionary()
 
 
 def subclass(original: type, adapter: Adapter) -> type:
-    """The subclass of ``original`` in which the adapter's forward takes the place of the method it names; always the
-    same one. It goes by the original's name, so that what finds classes by name finds it, and pickles as the original.
+    """The subclass of ``original`` in which the adapter's forward replaces the method that it names.
+
+    The same arguments give the same class. It has the original's name and pickles as the original, so that what looks
+    classes up by name finds the original.
     """
     found = _subclasses.get((original, adapter))
     if found is None:
@@ -27,36 +113,35 @@ def subclass(original: type, adapter: Adapter) -> type:
         before = getattr(original, method)
         call = Call(before, adapter.forward)
 
-        def is_before(self):
-            return is_disabled() or getattr(original, method) is not before or STATE not in self.__dict__
+        def runs_before(self):
+            # Somebody who has replaced the class's forward wants it to run. An instance without state was made from a
+            # patched one's class, as a slice of a Sequential is.
+            return _disabled > 0 or getattr(original, method) is not before or STATE not in self.__dict__
 
         def forward(self, *args, **kwargs):
-            # A class's forward that was replaced is meant to be run; an instance without state is another's, made from
-            # this one's class, as a slice of a Sequential.
-            if decided(is_before, self) or has_proxy(args, kwargs):
+            if decided(runs_before, self) or has_proxy(args, kwargs):
                 return getattr(original, method)(self, *args, **kwargs)
             if call.takes_all:
                 return adapter.forward(self, *args, **kwargs)
             bound = call.bind(args, kwargs)
             if bound is None:
-                site.count_unseen(self, "it was called with other arguments")
+                count_unseen(self, "it was called with other arguments")
                 return before(self, *args, **kwargs)
             return adapter.forward(self, *bound)
 
-        # Code of its own: compilers keep what they compiled, and their limit of how often, by code object.
+        # Each class has a code object of its own: compilers limit how often they compile one.
         code = forward.__code__.replace(co_name=method)
         forward = FunctionType(code, forward.__globals__, method, None, forward.__closure__)
 
         def __reduce_ex__(self, protocol):
             make, args, *more = original.__reduce_ex__(self, max(protocol, 2))
-            if make is copyreg.__newobj__ and args == (found,) and is_swapped(self) and state(self).travels:
+            if make is copyreg.__newobj__ and args == (found,) and is_swapped(self) and self.__dict__[STATE].travels:
                 return (_new, (original, adapter), *more)
-            # A class with ways of its own, or what has no state: unpatched.
-            return (make, tuple(original if a is found else a for a in args), *more)
+            return (make, tuple(original if a is found else a for a in args), *more)  # an unpatched one
 
         forward.__qualname__ = f"{original.__qualname__}.{method}"
         forward.__doc__ = before.__doc__
-        forward.__wrapped__ = before  # signatures are asked for, by accelerate for one
+        forward.__wrapped__ = before  # accelerate, for one, asks for signatures
         names = {method: forward, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__,
                  "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_ldm_fused_original": original}
         found = type(original)(original.__name__, (original,), names)
@@ -70,8 +155,8 @@ def _new(original: type, adapter: Adapter) -> nn.Module:
 
 
 def original(cls: type) -> type:
-    """The class that an instance of ``cls``, or of what something else has made of it since, had before it was patched;
-    the same for all others."""
+    """The class that an instance of ``cls`` had before it was patched, whatever else has subclassed it since; ``cls``
+    itself where nothing is patched."""
     for base in cls.__mro__:
         if "_ldm_fused_original" in base.__dict__:
             return base.__dict__["_ldm_fused_original"]
@@ -79,12 +164,12 @@ def original(cls: type) -> type:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether it is served: it has a patched class, and the state that belongs to it."""
+    """Whether it has a patched class, and the state that belongs to it."""
     return isinstance(module.__dict__.get(STATE), State) and original(type(module)) is not type(module)
 
 
 def clean(module: nn.Module) -> None:
-    """Takes away what a copy has left of a patched module: a state without its class, or a class without its state."""
+    """Removes what a copy has left of a patched module: a state without its class, or a class without its state."""
     if not is_swapped(module):
         module.__dict__.pop(STATE, None)
         if "_ldm_fused_original" in type(module).__dict__:
@@ -95,7 +180,7 @@ def swap(module: nn.Module, adapter: Adapter, recompute: bool) -> None:
     module.__dict__[STATE] = State(adapter, module, recompute)
     for name, part in adapter.parts(module).items():
         child = module.get_submodule(name)
-        if not is_swapped(child):  # one that serves in two places
+        if not is_swapped(child):  # it may be used in two places
             swap(child, part, recompute)
     module.__class__ = subclass(type(module), adapter)
 
@@ -113,5 +198,23 @@ def swap_back(module: nn.Module) -> None:
 
 
 def as_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a patched module's forward, or whichever method was taken over, computed before."""
+    """What the method that was taken over computed before ``module`` was patched."""
     return getattr(original(type(module)), module.__dict__[STATE].adapter.method)(module, *args, **kwargs)
+
+
+def named_modules(model: Any) -> List[Tuple[str, nn.Module]]:
+    """All modules of a module or a pipeline, each once, by qualified name.
+
+    Raises:
+        TypeError: if ``model`` is neither a module nor holds one.
+    """
+    if isinstance(model, nn.Module):
+        roots = {"": model}
+    else:
+        parts = getattr(model, "components", None)
+        parts = parts if isinstance(parts, dict) else getattr(model, "__dict__", {})
+        roots = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        if not roots:
+            raise TypeError(f"model must be a module or a pipeline that holds modules, got {type(model).__name__}")
+    memo: Set[nn.Module] = set()
+    return [found for name, root in roots.items() for found in root.named_modules(memo, prefix=name)]

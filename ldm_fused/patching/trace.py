@@ -21,8 +21,8 @@ class Traced(NamedTuple):
 
 
 def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
-    """``module``'s method called with tensors of so many dimensions at the places of ``ranks``, the first argument at
-    0; others are what they are by default, or None.
+    """Traces ``module``'s method. ``ranks`` gives the number of dimensions of each argument that is a tensor, by its
+    place, the first at 0. The others have their default, or None.
 
     Raises:
         Unreadable: where a trace does not say what the method computes.
@@ -37,14 +37,14 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
     called: List[Any] = []
 
     def profile(frame, event, arg):
-        # What others call, as a handler of warnings, is no part of the forward.
+        # A call from elsewhere, such as a handler of warnings, is no part of the forward.
         if event == "call" and frame.f_code not in followed and not _is_trusted(frame) and (
                 frame.f_back.f_code in followed or _file(frame.f_back).startswith(_CALLERS)):
             followed.add(frame.f_code)
             called.append(frame.f_code)
 
     before, collects = sys.getprofile(), gc.isenabled()
-    gc.disable()  # what ends somebody's generator is no part of the forward either
+    gc.disable()  # neither is the end of a generator that is collected
     sys.setprofile(profile)
     try:
         graph = tracer.trace(module)
@@ -62,7 +62,7 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
 
 _TRUSTED = {"torch", "numpy", "einops", *sys.stdlib_module_names}
 _CALLERS = ("torch.nn.", "torch.fx._symbolic_trace", "torch.utils.", "ldm_fused.patching.trace", "functools",
-            "contextlib")  # which call what a forward has handed to them
+            "contextlib")  # a forward may hand them a function that they call
 
 
 def _file(frame) -> str:
@@ -107,8 +107,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         if not any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
-            return forward(*args, **kwargs)  # of another thread
-        if type(m) is nn.Sequential:  # its layers, or those of a slice of it; hooks are looked at in each call
+            return forward(*args, **kwargs)  # another thread called it
+        if type(m) is nn.Sequential:  # or a slice of one; each call checks its hooks
             return nn.Sequential.forward(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -122,7 +122,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """With the number of dimensions known, and no sizes."""
+    """It knows its number of dimensions, and no sizes."""
 
     def __getattr__(self, name):
         if name == "ndim":
@@ -142,7 +142,7 @@ def _in_place(function):
     return write
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod"):  # which fx takes for new tensors
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod"):  # fx takes them for new tensors
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 

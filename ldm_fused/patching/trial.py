@@ -1,8 +1,8 @@
-"""Does an adapter compute what the class computes? Tried on a small private copy with random weights.
+"""Whether an adapter computes what the class computes, tried on a copy with random weights.
 
-A class is known by where it is defined or by its formula; this is the second look, for libraries change, and forks keep
-the names: forward and backward, in training and evaluation, with gradients and without, in two shapes, in float64 and
-16 bits, with small numbers and with some that a clamp would show.
+A class is known by where it is defined or by its formula, and this is the second check, for libraries change, and forks
+keep the names. It runs forward and backward, in training and evaluation, with gradients and without, in two shapes, in
+float64 and 16 bits, with small numbers and with some that a clamp would change.
 """
 
 import copy
@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from . import swap
-from .adapter import Adapter
+from .adapter import STATE, Adapter
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2}  # of the largest number
 LARGE = {torch.float64: 1e9, torch.float16: 6.2e4}
 
 
 class Halving(nn.Module):
-    """Stands in for dropout in a trial: where it is and when, without chance."""
+    """Stands in for dropout in a trial: its place and mode matter, chance does not."""
 
     def __init__(self, like: nn.Dropout) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Halving(nn.Module):
 
 
 class InFloat64(TorchFunctionMode):
-    """Casts to float32 do nothing to float64: what computes in float32 whatever it is given is seen to as many digits."""
+    """Casts of float64 to float32 do nothing, so that what always computes in float32 is compared to as many digits."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,16 +47,16 @@ class InFloat64(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
-    """The reason why ``adapter`` does not compute what ``block``'s class does, output and gradients, or None."""
+def difference(block: nn.Module, adapter: Adapter) -> Optional[str]:
+    """How what ``adapter`` computes differs from what ``block``'s class does, output and gradients, or None."""
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), \
                 torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            torch.default_generator.manual_seed(0)  # the CPU's alone, which is given back as it was
+            torch.default_generator.manual_seed(0)  # the CPU's alone, which fork_rng restores
             examples = [_cast(example, torch.float64) for example in adapter.examples(block)]
             if not examples:
                 return None
-            trial = _Trial(private_copy(block, {}).to(torch.float64), adapter)
+            trial = _Trial(random_copy(block, {}).to(torch.float64), adapter)
             for example in examples:
                 reason = trial.in_float64(example)
                 if reason is not None:
@@ -64,7 +64,7 @@ def why_not(block: nn.Module, adapter: Adapter) -> Optional[str]:
             trial.own.to(torch.float16)
             with torch.no_grad():
                 return trial.in_16_bits(_other_shape(examples[-1]))
-    except Exception as error:  # whatever a class raises is a reason to leave it alone
+    except Exception as error:  # whatever a class raises: it cannot be compared
         return f"a trial failed with {type(error).__name__}: {error}"
 
 
@@ -95,7 +95,7 @@ class _Trial:
 
     def differs(self, results, expected=None) -> Optional[str]:
         expected, names = results() if expected is None else expected
-        with self.served():
+        with self.fused():
             found, _ = results()
         if len(found) != len(expected):
             return "had another number of outputs than is known of the class"
@@ -105,7 +105,7 @@ class _Trial:
         return None
 
     @contextmanager
-    def served(self):
+    def fused(self):
         swap.swap(self.own, self.adapter, recompute=False)
         try:
             yield
@@ -139,13 +139,13 @@ def _cast(example: Sequence[Any], dtype: torch.dtype) -> List[Any]:
 
 
 def _other_shape(example: Sequence[Any]) -> List[Any]:
-    """A batch of one, one wider."""
+    """The first of the batch, with one more column."""
     first, *others = [t[:1] if isinstance(t, Tensor) and t.dim() else t for t in example]
     return [torch.cat([first, first[..., :1] * 0.5], -1) if first.dim() >= 3 else first, *others]
 
 
 def _large(example: Sequence[Any], dtype: torch.dtype) -> List[Any]:
-    """The first tensor as large as may be, with both signs and many sizes."""
+    """The example with its first tensor scaled to the largest numbers that the dtype takes."""
     x = example[0]
     peak = x.detach().abs().max()
     return [(x.detach() / peak * LARGE[dtype]), *example[1:]]
@@ -162,11 +162,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return (a - b).abs_().max().item() <= TOLERANCE[a.dtype] * max(1.0, largest)
 
 
-# ---- A private copy --------------------------------------------------------------------------------------------------
+# ---- A random copy ---------------------------------------------------------------------------------------------------
 
 
-def private_copy(module: nn.Module, memo: Dict[int, Any]) -> nn.Module:
-    """The module in float64 on the CPU, with random parameters and without what was hung on it: hooks, a forward.
+def random_copy(module: nn.Module, memo: Dict[int, Any]) -> nn.Module:
+    """A copy of the module in float64 on the CPU, with random parameters, and without hooks or a replaced forward.
 
     Lists, dicts and whatever else it has are copied, too: a forward may write to them.
     """
@@ -179,11 +179,11 @@ def private_copy(module: nn.Module, memo: Dict[int, Any]) -> nn.Module:
     own = memo[id(module)] = cls.__new__(cls)
     nn.Module.__init__(own)
     fresh = set(vars(own)) - {"training"}
-    kept = {k: v for k, v in vars(module).items() if k not in fresh and k not in ("forward", swap.STATE)}
+    kept = {k: v for k, v in vars(module).items() if k not in fresh and k not in ("forward", STATE)}
     own.__dict__.update({k: _own(v, memo) for k, v in kept.items()})
     own._parameters = {name: _random(p) for name, p in module._parameters.items()}
     own._buffers = {name: _cpu(b) for name, b in module._buffers.items()}
-    own._modules = {name: None if child is None else private_copy(child, memo)
+    own._modules = {name: None if child is None else random_copy(child, memo)
                     for name, child in module._modules.items()}
     own._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     return own
@@ -193,7 +193,7 @@ def _own(value: Any, memo: Dict[int, Any]) -> Any:
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
         return value
     if isinstance(value, nn.Module):
-        return private_copy(value, memo)
+        return random_copy(value, memo)
     if isinstance(value, Tensor):
         return _cpu(value)
     if type(value) in (list, tuple, set):

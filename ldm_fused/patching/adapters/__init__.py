@@ -1,26 +1,27 @@
-"""One file a library: its classes, by where they are defined, and the adapters that serve them.
+"""One file a library: its classes, by where they are defined, and their adapters.
 
-What a class computes is tried (trial.py), for libraries change, and forks keep their names.
+Only classes stand here whose forward says more than a formula. Each is tried (trial.py), for libraries change, and
+forks keep the names.
 """
 
 from typing import Dict
 
 from ... import pristine
 from ..adapter import Adapter, imported
-from . import comfy, diffusers, ldm, plain
+from . import comfy, diffusers, own, plain
 
 CLASSES: Dict[str, Adapter] = {}
 NORMS: Dict[str, pristine.Norm] = {}
 CONVOLUTIONS: Dict[str, pristine.WhyNot] = {}
-for _library in (plain, ldm, diffusers, comfy):
+for _library in (plain, own, diffusers, comfy):
     CLASSES.update(getattr(_library, "CLASSES", {}))
     NORMS.update(getattr(_library, "NORMS", {}))
     CONVOLUTIONS.update(getattr(_library, "CONVOLUTIONS", {}))
 
 
 def known_classes() -> Dict[type, Adapter]:
-    """The classes that exist now and have an adapter. They are looked for among what is imported, and nothing is
-    imported for it: a class whose file was not has no instances."""
+    """The classes that have an adapter, among those that are imported now. Nothing is imported for it: a class whose
+    file was not imported has no instances."""
     for path, why_not_now in CONVOLUTIONS.items():
         cls = imported(path)
         if cls is not None:

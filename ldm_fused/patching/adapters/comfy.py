@@ -1,5 +1,5 @@
-"""ComfyUI, Fooocus and Forge: their own classes for PyTorch's layers, fused while they cast no weights. Their blocks are
-read."""
+"""ComfyUI, Fooocus and Forge: their own classes for PyTorch's layers, which cast weights in some calls. Their blocks'
+formula is read."""
 
 from typing import Optional
 
@@ -9,8 +9,8 @@ from ... import pristine
 from .plain import Norm
 
 
-def why_not_now(layer: nn.Module) -> Optional[str]:
-    """The reason why a layer does more than PyTorch's, or None."""
+def weights_change(layer: nn.Module) -> Optional[str]:
+    """What a layer does with its weights before it uses them, or None where it does nothing, as PyTorch's."""
     if getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ()):
         return "its weights go through functions first"
     if getattr(layer, "comfy_cast_weights", False) or getattr(layer, "parameters_manual_cast", False):
@@ -20,6 +20,6 @@ def why_not_now(layer: nn.Module) -> Optional[str]:
 
 FILES = tuple(f"{file}.{ops}" for file in ("comfy.ops", "ldm_patched.modules.ops")
               for ops in ("disable_weight_init", "manual_cast")) + ("backend.operations.ForgeOperations",)
-NORMS = {f"{file}.GroupNorm": pristine.Norm(why_not_now=why_not_now) for file in FILES}
-CONVOLUTIONS = {f"{file}.Conv{i}d": why_not_now for file in FILES for i in (1, 2, 3)}
+NORMS = {f"{file}.GroupNorm": pristine.Norm(why_not_now=weights_change) for file in FILES}
+CONVOLUTIONS = {f"{file}.Conv{i}d": weights_change for file in FILES for i in (1, 2, 3)}
 CLASSES = {name: Norm() for name in NORMS}

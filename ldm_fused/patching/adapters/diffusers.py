@@ -1,24 +1,19 @@
 """Hugging Face diffusers."""
 
 import functools
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ... import pristine
 from .. import swap
-from ..adapter import Adapter
+from ..adapter import Block, channels
 from ..pair import Parent
-from ..resnet import resnet
-from .ldm import channels
 
 
-class Block(Adapter):
+class ResnetBlock(Block):
     """What the ResNet blocks have in common."""
-
-    def sites(self, block: nn.Module) -> Sequence[str]:
-        return "norm1", "norm2"
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         return None if type(block.nonlinearity) is nn.SiLU else f"its activation is {type(block.nonlinearity).__name__}"
@@ -28,7 +23,7 @@ class Block(Adapter):
                     act2=block.nonlinearity, dropout=block.dropout, shortcut=getattr(block, "conv_shortcut", None))
 
 
-class ResnetBlock2D(Block):
+class ResnetBlock2D(ResnetBlock):
     def variant(self, block: nn.Module):
         return (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.up, block.down,
                 block.conv_shortcut is None, block.time_emb_proj is None, type(block.upsample), type(block.downsample))
@@ -53,12 +48,12 @@ class ResnetBlock2D(Block):
         parts = self.parts_of(block)
         if block.training and parts["shortcut"] is not None:
             input_tensor = input_tensor.contiguous()
-        return resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
-                      resample=resample, divisor=block.output_scale_factor)
+        return self.resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
+                           resample=resample, divisor=block.output_scale_factor)
 
 
-class ResnetBlockCondNorm2D(Block):
-    """Both norms take scale and shift from the embedding. Those that go by pixel, ``"spatial"``, are left."""
+class ResnetBlockCondNorm2D(ResnetBlock):
+    """Both norms take scale and shift from the embedding. Norms that go by pixel, ``"spatial"``, are not fused."""
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         for norm in (block.norm1, block.norm2):
@@ -80,8 +75,9 @@ class ResnetBlockCondNorm2D(Block):
         if args or kwargs:
             return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns
         resample = block.upsample if block.upsample is not None else block.downsample
-        return resnet(block, input_tensor, **self.parts_of(block), resample=resample, divisor=block.output_scale_factor,
-                      modulate1=_modulation(block.norm1, temb), modulate2=_modulation(block.norm2, temb))
+        return self.resnet(block, input_tensor, **self.parts_of(block), resample=resample,
+                           divisor=block.output_scale_factor, modulate1=_modulation(block.norm1, temb),
+                           modulate2=_modulation(block.norm2, temb))
 
 
 def _modulation(norm: nn.Module, temb: Tensor):
@@ -92,8 +88,8 @@ def _modulation(norm: nn.Module, temb: Tensor):
     return dict(scale=scale, shift=shift, called=called)
 
 
-class TemporalResnetBlock(Block):
-    """Convolutions over time, on (N, C, frames, H, W) that often is a permuted view; an embedding for each frame."""
+class TemporalResnetBlock(ResnetBlock):
+    """It convolves over time. x is (N, C, frames, H, W), often a permuted view; each frame has an embedding."""
 
     def variant(self, block: nn.Module):
         return block.conv_shortcut is None, block.time_emb_proj is None
@@ -108,11 +104,11 @@ class TemporalResnetBlock(Block):
             temb = None
         else:
             temb = block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)[..., None, None]
-        return resnet(block, input_tensor, **self.parts_of(block), temb=temb)
+        return self.resnet(block, input_tensor, **self.parts_of(block), temb=temb)
 
 
-class CogVideoXBlock(Block):
-    """Its convolutions give what they keep for the next frames; its decoder's norms go by pixel and are left."""
+class CogVideoXBlock(ResnetBlock):
+    """Its convolutions give what they keep for the next frames. Its decoder's norms go by pixel and are not fused."""
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         if block.spatial_norm_dim is not None:
@@ -145,7 +141,7 @@ class CogVideoXBlock(Block):
             parts["shortcut"] = caching("conv_shortcut")
         if temb is not None:
             temb = block.temb_proj(block.nonlinearity(temb))
-        return resnet(block, inputs, **parts, temb=temb), after
+        return self.resnet(block, inputs, **parts, temb=temb), after
 
 
 CLASSES = {
@@ -153,9 +149,9 @@ CLASSES = {
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
     "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
-    # Where the norm takes one argument or two. Other ends are read.
+    # These call the norm with one argument or two. Other ends are read.
     "diffusers.models.autoencoders.vae.Decoder": Parent("conv_norm_out", "conv_act"),
     "diffusers.models.autoencoders.vae.MaskConditionDecoder": Parent("conv_norm_out", "conv_act"),
 }
-# GroupNorm without weight and bias, then scale and shift, which its block computes.
+# It normalizes without weight and bias, and then scales and shifts by what its block computes.
 NORMS = {"diffusers.models.normalization.AdaGroupNorm": pristine.Norm()}

@@ -1,4 +1,4 @@
-"""NVIDIA's EDM: the block of its UNets where it ends in attention. Without, it is read."""
+"""NVIDIA's EDM: the block of its UNets where it ends in attention. Without attention its formula is read."""
 
 from types import FunctionType
 from typing import Optional, Sequence
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from ... import pristine
 from ...route import decided
-from .. import site, source, swap
-from ..adapter import Adapter
-from ..pair import group_norm
-from ..resnet import resnet
+from .. import source, swap
+from ..adapter import Adapter, Block, sites
+from ..norm import group_norm
 
 READS = {"adaptive_scale", "affine", "conv0", "conv1", "dropout", "norm0", "norm1", "norm2", "num_heads", "proj", "qkv",
          "skip", "skip_scale", "training"}
@@ -21,8 +20,8 @@ READS = {"adaptive_scale", "affine", "conv0", "conv1", "dropout", "norm0", "norm
 def adapter_of(module: nn.Module) -> Optional[Adapter]:
     """The adapter of a block with attention, or None.
 
-    Networks come from pickles that bring their classes with them, in files whose names are made up. So a class is known
-    by the name that its file gives it, and by its source: it reads the same attributes, and branches on nothing else.
+    EDM's pickles bring their classes with them, in files whose names are made up. So the class is known by the name
+    that its file gives it, and by its source: it reads these attributes, and branches on nothing else.
     """
     cls = type(module)
     if getattr(cls, "_orig_class_name", cls.__name__) != "UNetBlock" or not getattr(module, "num_heads", 0):
@@ -36,7 +35,7 @@ def adapter_of(module: nn.Module) -> Optional[Adapter]:
     return AttentionBlock(module.skip_scale) if read == READS else None
 
 
-class AttentionBlock(Adapter):
+class AttentionBlock(Block):
     def __init__(self, skip_scale: float) -> None:
         self.is_numpys, self.skip_scale = source.is_numpys(skip_scale), float(skip_scale)
 
@@ -58,21 +57,21 @@ class AttentionBlock(Adapter):
 
     def forward(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         if not (self.is_numpys and torch.compiler.is_compiling()) and block.skip_scale != self.skip_scale:
-            site.count_unseen(block, "its skip_scale has changed since it was read")
+            swap.count_unseen(block, "its skip_scale has changed since it was read")
             return swap.as_before(block, x, emb)
         params, modulate = block.affine(emb).to(x.dtype), None
         if block.adaptive_scale:
             modulate, params = dict(zip(("scale", "shift"), params.chunk(2, dim=1))), None
         drops = block.training and block.dropout > 0
-        x = resnet(block, x, norm1=block.norm0, conv1=block.conv0, norm2=block.norm1, conv2=block.conv1,
-                   dropout=(lambda h: F.dropout(h, p=block.dropout)) if drops else None, shortcut=block.skip,
-                   temb=params, modulate2=modulate, divisor=1 / self.skip_scale)
+        x = self.resnet(block, x, norm1=block.norm0, conv1=block.conv0, norm2=block.norm1, conv2=block.conv1,
+                        dropout=(lambda h: F.dropout(h, p=block.dropout)) if drops else None, shortcut=block.skip,
+                        temb=params, modulate2=modulate, divisor=1 / self.skip_scale)
         return self.attention(block, x)
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
         norm = block.norm2
         reason = decided(pristine.why_not_norm, norm, x)
-        site.sites(block)[2].count(x, reason)
+        sites(block)[2].count(x, reason)
         h = norm(x) if reason is not None else group_norm(norm, type(norm), x, None)
         # (N, heads, channels a head, 3, pixels)
         q, k, v = block.qkv(h).unflatten(1, (block.num_heads, -1, 3)).flatten(4).transpose(2, 4).unbind(3)

@@ -1,6 +1,6 @@
 """PyTorch's own classes: a GroupNorm that stands alone, and a Sequential that holds one and an activation."""
 
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from ... import pristine
 from ...resnet import norm_swish
 from ...route import decided
-from .. import site, swap
-from ..adapter import Adapter
-from ..pair import group_norm
+from .. import swap
+from ..adapter import Adapter, channels, sites
+from ..norm import group_norm, why_called
 
 
 class Norm(Adapter):
-    """A GroupNorm without activation. Hooks need no look: they are called around its forward, as always."""
+    """A GroupNorm without activation behind it. PyTorch calls hooks around its forward, as always."""
 
     kind = "norm"
 
@@ -31,32 +31,28 @@ class Norm(Adapter):
         # The op is PyTorch's GroupNorm, which has its own tests; other classes are tried.
         if swap.original(type(norm)) is nn.GroupNorm:
             return []
-        channels = getattr(norm, "num_channels", None) or norm.weight.shape[0]
-        return [(torch.randn(2, channels, *sizes),) for sizes in ((7,), (5, 4), (3, 4, 2))]
+        return [(torch.randn(2, channels(norm), *sizes),) for sizes in ((7,), (5, 4), (3, 4, 2))]
 
     def forward(self, norm: nn.Module, input: Tensor) -> Tensor:
-        known = pristine.known_norm(norm, swap.original(type(norm)))
-        reason = decided(self.why_not_now, norm, known, input)
-        site.sites(norm)[0].count(input, reason)
+        cls = swap.original(type(norm))
+        reason = decided(self.why_called, norm, cls, input)
+        sites(norm)[0].count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
-        return group_norm(norm, swap.original(type(norm)), input, "silu" if known.activated else None)
+        return group_norm(norm, cls, input, "silu" if pristine.known_norm(norm, cls).activated else None)
 
-    def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
-        """The reason why it must be called, or None."""
-        reason = pristine.why_not_class(swap.original(type(norm))) or pristine.why_not_beside(norm, x)
-        if reason is None:
-            reason = "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
-        return reason
+    def why_called(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
+        """The reason why this call is not fused, or None."""
+        return why_called(norm, cls, x)
 
 
-class Left(Norm):
+class Counted(Norm):
     """A norm that is not known: it is called, and counted."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def why_not_now(self, norm: nn.Module, known: Optional[pristine.Norm], x: Tensor) -> Optional[str]:
+    def why_called(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
         return self.reason
 
     def why_not(self, norm: nn.Module) -> Optional[str]:
@@ -64,11 +60,11 @@ class Left(Norm):
 
 
 class Sequential(Adapter):
-    """A Sequential in which a norm is followed by SiLU: OpenAI's ``out``, MONAI's, temporal convolutions."""
+    """A Sequential in which an activation follows a norm: OpenAI's ``out``, MONAI's, temporal convolutions."""
 
     is_container = True
 
-    def pairs(self, sequential: nn.Sequential):
+    def sites(self, sequential: nn.Sequential) -> List[str]:
         parts = list(sequential._modules.items())
         return [a for (a, norm), (_, act) in zip(parts, parts[1:])
                 if _is_norm_without_activation(norm) and pristine.is_activation(act)]
@@ -83,24 +79,21 @@ class Sequential(Adapter):
                     reason = f"its {type(act).__name__} is not swish"
         return reason
 
-    def sites(self, sequential: nn.Sequential) -> Sequence[str]:
-        return self.pairs(sequential)
-
     def variant(self, sequential: nn.Sequential):
         return None
 
     def example(self, sequential: nn.Sequential):
-        return None  # one part after the other is all that a Sequential does
+        return None  # a Sequential calls one part after the other, and does nothing else
 
     def forward(self, sequential: nn.Sequential, input: Tensor) -> Tensor:
-        sites = {s.name: s for s in site.sites(sequential)}
+        site_of = {site.name: site for site in sites(sequential)}
         parts = list(sequential._modules.items())
         i = 0
         while i < len(parts):
             name, part = parts[i]
-            if name in sites and i + 1 < len(parts):
+            if name in site_of and i + 1 < len(parts):
                 into = parts[i + 2][1] if i + 2 < len(parts) else None
-                input, _ = norm_swish(part, input, act=parts[i + 1][1], into=into, count=sites[name].count)
+                input, _ = norm_swish(part, input, act=parts[i + 1][1], into=into, count=site_of[name].count)
                 i += 2
             else:
                 input = part(input)

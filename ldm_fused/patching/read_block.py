@@ -1,4 +1,4 @@
-"""Blocks that are known by their formula: any class whose forward computes it, whatever its parts are called."""
+"""Blocks that no file of adapters names: any class whose forward is the formula of a ResNet block."""
 
 import functools
 import inspect
@@ -9,29 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ... import pristine, reference
-from ...route import decided
-from .. import formula, site, source, swap
-from ..adapter import Adapter
-from ..resnet import resnet
-from ..source import Unreadable
-from ..trace import trace
+from .. import pristine, reference
+from ..route import decided
+from . import formula, source, swap
+from .adapter import Block, channels, sites
+from .source import Unreadable
+from .trace import trace
 
-Key = Tuple[bool, bool]  # in training, where that decides; and whether the second argument is a tensor
+Case = Tuple[bool, bool]  # in training, where that decides; whether the second argument is a tensor
 
 
-class Formula(Adapter):
-    """What was read of a class, for instances with equal attributes."""
+class ReadBlock(Block):
+    """What was read of a class, for instances whose attributes say the same.
+
+    ``told`` are the values of the attributes ``names``, which decide what the class computes. ``takes`` is how many of
+    its arguments are read, 1 or 2, and ``default`` is that of the second.
+    """
 
     def __init__(self, method: str, names: Tuple[str, ...], told: Tuple[Any, ...], has_modes: bool, takes: int,
-                 default: Any, blocks: Dict[Key, formula.Block]) -> None:
+                 default: Any, formulas: Dict[Case, formula.Block]) -> None:
         self.method, self.names, self.told, self.has_modes = method, names, told, has_modes
-        self.takes, self.default, self.blocks = takes, default, blocks
+        self.takes, self.default, self.formulas = takes, default, formulas
         self.numpys = {name for name, value in zip(names, told) if source.is_numpys(value)}
-        self.containers = {known: _containers(known) for known in blocks.values()}
+        self.containers = {known: _containers(known) for known in formulas.values()}
 
     def sites(self, block: nn.Module) -> Sequence[str]:
-        known = next(iter(self.blocks.values()))
+        known = next(iter(self.formulas.values()))
         return known.norm1, known.norm2
 
     def variant(self, block: nn.Module):
@@ -39,12 +42,9 @@ class Formula(Adapter):
 
     def examples(self, block: nn.Module) -> List[Tuple[Any, ...]]:
         found = []
-        for given in sorted({key[1] for key in self.blocks}):
-            known = next(b for key, b in self.blocks.items() if key[1] == given)
-            norm = _part(block, known.norm1)
-            weight = getattr(norm, "weight", None)
-            channels = getattr(norm, "num_channels", None) or weight.shape[0]
-            x = torch.randn(2, channels, *(6, 4, 4)[:known.rank - 2], dtype=torch.float64)
+        for given in sorted({given for _, given in self.formulas}):
+            known = next(f for case, f in self.formulas.items() if case[1] == given)
+            x = torch.randn(2, channels(_part(block, known.norm1)), *(6, 4, 4)[:known.rank - 2], dtype=torch.float64)
             emb = self.default
             if given:
                 parts = [_part(block, path) for path in known.embedding if path is not None]
@@ -55,11 +55,11 @@ class Formula(Adapter):
 
     def forward(self, block: nn.Module, x: Tensor, emb: Any = None) -> Tensor:
         given = isinstance(emb, Tensor)
-        known = self.blocks.get((block.training if self.has_modes else False, given))
-        reason = decided(self.why_not_now, block, known, x, emb)
+        known = self.formulas.get((block.training if self.has_modes else False, given))
+        reason = decided(self.why_called, block, known, x, emb)
         if reason is not None:
-            for s in site.sites(block):
-                s.count(x, reason)
+            for site in sites(block):
+                site.count(x, reason)
             return swap.as_before(block, *(x, emb)[:self.takes])
         modulate = None
         if given:
@@ -76,13 +76,12 @@ class Formula(Adapter):
             dropout = functools.partial(F.dropout, p=dropout)
         if known.contiguous:
             x = x.contiguous()
-        return resnet(block, x, norm1=_part(block, known.norm1), act1=_part(block, known.act1),
-                      conv1=_part(block, known.conv1), norm2=_part(block, known.norm2), act2=_part(block, known.act2),
-                      conv2=_part(block, known.conv2), dropout=dropout, shortcut=_part(block, known.shortcut),
-                      resample=_part(block, known.resample), resample_x=_part(block, known.resample_x), temb=emb,
-                      cast_temb=known.cast, modulate2=modulate, divisor=1.0 / known.factor)
+        parts = {name: _part(block, getattr(known, name)) for name in (
+            "norm1", "act1", "conv1", "norm2", "act2", "conv2", "shortcut", "resample", "resample_x")}
+        return self.resnet(block, x, **parts, dropout=dropout, temb=emb, cast_temb=known.cast, modulate2=modulate,
+                           divisor=1.0 / known.factor)
 
-    def why_not_now(self, block: nn.Module, known: Optional[formula.Block], x: Tensor, emb: Any) -> Optional[str]:
+    def why_called(self, block: nn.Module, known: Optional[formula.Block], x: Tensor, emb: Any) -> Optional[str]:
         """The reason why the class's own method must run, or None."""
         if known is None or not isinstance(emb, Tensor) and emb is not self.default and emb != self.default:
             return "its second argument is another than was read"
@@ -124,22 +123,21 @@ def _containers(known: formula.Block) -> Dict[str, Set[str]]:
 
 
 def looks_like_a_block(module: nn.Module) -> bool:
-    """Whether it is worth reading: two norms among its own parts and the layers of its Sequentials, and some others."""
+    """Whether it is worth reading: it has two norms, and some other parts, its Sequentials' layers among them."""
     if type(module).__module__.startswith("torch.") or len(module._modules) > 16:
         return False
     parts: List[nn.Module] = []
     for part in module._modules.values():
         parts += part._modules.values() if type(part) is nn.Sequential else [part]
-    norms = [part for part in parts if part is not None and _is_norm(part)]
-    return len(norms) == 2 and len(parts) >= 4
+    return sum(part is not None and is_norm(part) for part in parts) == 2 and len(parts) >= 4
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.GroupNorm) or pristine.known_norm(module) is not None
 
 
-def read(module: nn.Module) -> Formula:
-    """The adapter of a block whose class nobody registered.
+def read(module: nn.Module) -> ReadBlock:
+    """The adapter of a block, read from its class's forward, or from the ``_forward`` that this calls.
 
     Raises:
         Unreadable: with what is not the formula's.
@@ -155,7 +153,7 @@ def read(module: nn.Module) -> Formula:
             raise Unreadable(f"{inner}; {reason}") from None
 
 
-def _read(module: nn.Module, method: str) -> Formula:
+def _read(module: nn.Module, method: str) -> ReadBlock:
     function = inspect.unwrap(getattr(type(module), method))
     if not inspect.isfunction(function):
         raise Unreadable(f"its {method} is no function of Python")
@@ -168,7 +166,7 @@ def _read(module: nn.Module, method: str) -> Formula:
     if any(is_lazy(p) for p in module.parameters()):
         raise Unreadable("it has parameters without a shape yet")
     rank = max([p.dim() for p in module.parameters()] + [3])
-    blocks: Dict[Key, formula.Block] = {}
+    formulas: Dict[Case, formula.Block] = {}
     names, reasons, has_modes = set(), [], False
     before = module.training
     try:
@@ -178,23 +176,23 @@ def _read(module: nn.Module, method: str) -> Formula:
                 module.training = training
                 try:
                     traced = trace(module, method, ranks)
-                    blocks[training, given] = formula.block(traced, module)
-                    if given and blocks[training, given].embedding is None:
-                        del blocks[training, given]
+                    found = formula.block(traced, module)
+                    if given and found.embedding is None:
                         raise Unreadable("its second argument is not used")
                 except Unreadable as reason:
                     reasons.append(str(reason))
                     break
+                formulas[training, given] = found
                 names.update(traced.names)
                 has_modes = has_modes or traced.has_modes
                 if not traced.has_modes:
                     break
     finally:
         module.training = before
-    if not blocks:
+    if not formulas:
         raise Unreadable(reasons[-1] if takes == 2 and len(reasons) == 2 and "None" in reasons[0] else reasons[0])
-    if len({(b.norm1, b.norm2) for b in blocks.values()}) > 1:
+    if len({(f.norm1, f.norm2) for f in formulas.values()}) > 1:
         raise Unreadable("its norms have other roles in training")
     ordered = tuple(sorted(names))
-    return Formula(method, ordered, tuple(source.told(module, name) for name in ordered), has_modes, takes, default,
-                   blocks)
+    return ReadBlock(method, ordered, tuple(source.told(module, name) for name in ordered), has_modes, takes, default,
+                     formulas)

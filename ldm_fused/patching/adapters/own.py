@@ -1,22 +1,17 @@
-"""Our own blocks. Those of CompVis' latent-diffusion and stable-diffusion, taming-transformers, generative-models and
-copies of their file are read."""
+"""This library's own blocks, with the reference block."""
 
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from ... import reference
 from .. import swap
-from ..adapter import Adapter
-from ..resnet import resnet
+from ..adapter import Block, channels
 
 
-class FusedBlock(Adapter):
-    """By the names of its parts, and as often again as it says itself."""
-
-    def sites(self, block: nn.Module) -> Sequence[str]:
-        return "norm1", "norm2"
+class OwnBlock(Block):
+    """By the names of its parts. A block that recomputes by itself still does."""
 
     def variant(self, block: nn.Module):
         return tuple(name for name in block._modules), block.in_channels == block.out_channels, block.use_conv_shortcut
@@ -35,16 +30,12 @@ class FusedBlock(Adapter):
         shortcut = getattr(block, "nin_shortcut", None)
         if shortcut is None:
             shortcut = getattr(block, "conv_shortcut", None)
-        return resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2,
-                      dropout=block.dropout, shortcut=shortcut, temb=temb,
-                      recompute=getattr(block, "recompute", False))
+        return self.resnet(block, x, norm1=block.norm1, conv1=block.conv1, norm2=block.norm2, conv2=block.conv2,
+                           dropout=block.dropout, shortcut=shortcut, temb=temb,
+                           recompute=getattr(block, "recompute", False))
 
 
-def channels(norm: nn.Module) -> int:
-    """Of a norm, or of what somebody put in its place."""
-    return getattr(norm, "num_channels", None) or next(p.shape[0] for p in norm.parameters())
-
-
-BLOCK = FusedBlock()
+BLOCK = OwnBlock()
 CLASSES = {"ldm_fused.reference.ResnetBlock": BLOCK, "ldm_fused.modules.FusedResnetBlock": BLOCK,
            "ldm_fused.compat.ldm.ResnetBlock": BLOCK}
+FUSED_ALREADY = "ldm_fused.modules.StandIn"

@@ -1,0 +1,72 @@
+"""``patch`` and ``unpatch``."""
+
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+from . import swap
+from .adapter import STATE
+from .choose import Choice
+from .report import PatchReport, UnsupportedBlock
+from .swap import named_modules
+
+__all__ = ["is_patched", "patch", "patched", "unpatch"]
+
+
+def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: bool = False,
+          strict: bool = False) -> PatchReport:
+    """Fuses every GroupNorm and activation in ``model`` that is known, in place, and changes nothing else.
+
+    An instance becomes one of a subclass of its class. It keeps its submodules, Parameters, state dict and the name of
+    its class. Each call checks each norm and convolution (:mod:`ldm_fused.pristine`): what somebody hooks, wraps or
+    moves, before ``patch`` or after, is not fused but called. Copies and pickles of a patched model are patched. To
+    patch a patched model again changes nothing but ``recompute``.
+
+    Args:
+        model: a module, or a pipeline: an object whose ``components`` or attributes are modules.
+        blocks: fuse ResNet blocks, and norms with an activation behind them.
+        norms: fuse GroupNorms outside of blocks.
+        recompute: blocks keep no activated tensors for the backward pass, as ``FusedResnetBlock(recompute=True)``.
+        strict: raise, and change nothing, if anything is skipped.
+
+    Raises:
+        TypeError: if ``model`` is neither a module nor holds one.
+        UnsupportedBlock: with ``strict``, with the report as its message.
+    """
+    choice = Choice(named_modules(model), {"block": blocks, "norm": norms})
+    found = choice.report
+    if strict and found.skipped:
+        raise UnsupportedBlock(str(found))
+    for name, module, adapter in choice.fused:
+        found.replaced.append((name, type(module), tuple(adapter.sites(module))))
+        swap.swap(module, adapter, recompute)
+    for module, adapter in choice.counted:
+        swap.swap(module, adapter, recompute)
+    for module in choice.patched_before:
+        module.__dict__[STATE].recompute = recompute
+    return found
+
+
+def unpatch(model: Any) -> None:
+    """Gives every instance its former class back; results are those of before ``patch``, to the bit.
+
+    Raises:
+        RuntimeError: for a module whose class something else has changed since (``fully_shard``).
+    """
+    for _, module in named_modules(model):
+        if swap.is_swapped(module):
+            swap.swap_back(module)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether anything in ``model`` is patched."""
+    return any(swap.is_swapped(module) for _, module in named_modules(model))
+
+
+@contextmanager
+def patched(model: Any, **options: bool) -> Iterator[PatchReport]:
+    """Patches ``model`` with :func:`patch`'s ``options``, and unpatches it at the end of the ``with``."""
+    found = patch(model, **options)
+    try:
+        yield found
+    finally:
+        unpatch(model)
