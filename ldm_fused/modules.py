@@ -5,13 +5,13 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from . import functional, pristine, reference
+from . import bypass, functional, reference
 from .patching import read_block, trial
 from .patching.adapters.own import BLOCK
 from .patching.call import Call
 from .patching.report import UnsupportedBlock
 from .patching.source import Unreadable
-from .resnet import resnet
+from .resnet_block import resnet
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
 
@@ -33,7 +33,7 @@ class FusedResnetBlock(reference.ResnetBlock):
     A drop-in for :class:`ldm_fused.reference.ResnetBlock`: the same submodules, creation order and state dict, so that
     the same seed gives the same weights and a checkpoint of either loads into the other. ``norm1`` and ``norm2`` stay
     plain ``nn.GroupNorm``; each is fused only while nothing has replaced, hooked or moved it, which is looked at in
-    every call (:mod:`ldm_fused.pristine`), and called as it is otherwise.
+    every call (:mod:`ldm_fused.bypass`), and called as it is otherwise.
 
     Args:
         in_channels, out_channels, conv_shortcut, dropout, temb_channels, num_groups, eps: as the reference block's.
@@ -67,7 +67,7 @@ class FusedResnetBlock(reference.ResnetBlock):
         Raises:
             UnsupportedBlock: with the reason.
         """
-        reason = pristine.why_not_instance(block)
+        reason = bypass.why_instance_differs(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
             reason = why_not_structure(block) or why_not_formula(block) or trial.difference(block, BLOCK)
         if reason is not None:
@@ -144,7 +144,7 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
     for name, child in children.items():
         if name not in expected:
             return f"it has another submodule, {name}"
-        reason = pristine.why_not(child, expected[name])
+        reason = bypass.why_not(child, expected[name])
         if reason is not None:
             return f"{name}: {reason}"
     if any(True for _ in block.parameters(recurse=False)) or any(True for _ in block.buffers()):

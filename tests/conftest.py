@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ldm_fused
-from ldm_fused import resnet
+from ldm_fused import resnet_block
 from ldm_fused.patching import adapter
 
 sys.path.append(str(Path(__file__).parents[1]))  # tests of tools and benchmarks import these
@@ -74,7 +74,7 @@ def load(monkeypatch):
 def biases(request, monkeypatch):
     """"left" to the fused ops, as on CUDA, or added by the convolutions, as on a CPU."""
     if request.param == "left":
-        monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
+        monkeypatch.setattr(resnet_block, "_has_separate_bias", lambda x: True)
     return request.param
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, functional, resnet
+from ldm_fused import FusedResnetBlock, functional, resnet_block
 from ldm_fused.compat import ldm as compat
 from ldm_fused.patching import pair
 
@@ -456,7 +456,7 @@ def test_comfy_norm_that_stands_alone(load):
 def left(monkeypatch):
     """Whether the shortcut's bias and the second convolution's are left to the residual op, as on CUDA."""
     told, op = [], functional.bias_add_residual
-    monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
+    monkeypatch.setattr(resnet_block, "_has_separate_bias", lambda x: True)
     monkeypatch.setattr(functional, "bias_add_residual",
                         lambda *a: told.append((a[2] is not None, a[3] is not None)) or op(*a))
     return told

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, reference, resnet
+from ldm_fused import FusedResnetBlock, reference, resnet_block
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = 2
@@ -83,7 +83,7 @@ def distributed(kind, dropout, rank):
 
 def main(kind, biases, dropout, rank, file):
     if biases == "left":
-        resnet._has_separate_bias = lambda x: True
+        resnet_block._has_separate_bias = lambda x: True
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=WORLD)
     found, want = distributed(kind, float(dropout), int(rank)), expected(float(dropout))
     assert set(found) == set(want)

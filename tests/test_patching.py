@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, UnsupportedBlock, functional, patching, pristine, reference, resnet
+from ldm_fused import FusedResnetBlock, UnsupportedBlock, bypass, functional, patching, reference, resnet_block
 from ldm_fused.compat import ldm as compat
 from ldm_fused.patching import adapter, pair, swap
 
@@ -397,11 +397,11 @@ def test_what_was_replaced_before_the_import_is_not_taken_for_the_class(monkeypa
 
     Norm.__module__ = "somewhere"
     Norm.forward = lambda self, x: 2 * nn.GroupNorm.forward(self, x)
-    pristine.know(Norm)
+    bypass.know(Norm)
     try:
-        assert pristine.why_not(Norm(2, 4), Norm) == "Norm.forward is replaced"
+        assert bypass.why_not(Norm(2, 4), Norm) == "Norm.forward is replaced"
     finally:
-        del pristine._FORWARD[Norm]
+        del bypass._FORWARD[Norm]
 
 
 def test_disabled_nests_and_survives_exceptions():
@@ -582,7 +582,7 @@ class PreactAdapter(ldm_fused.Adapter):
         return torch.randn(2, 32, 5), 0.5
 
     def forward(self, module, x, times=1.0):
-        h, _ = resnet.norm_swish(module.gn, x, count=adapter.sites(module)[0].count)
+        h, _ = resnet_block.norm_swish(module.gn, x, count=adapter.sites(module)[0].count)
         return self.factor * times * module.linear(h)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ldm_fused
-from ldm_fused import pristine
+from ldm_fused import bypass
 from ldm_fused.patching import adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,7 +195,7 @@ def test_norms_that_go_by_frame_are_called_and_counted():
 def register_norm():
     yield ldm_fused.register_norm
     for cls in adapter.norms:
-        pristine.forget_norm(cls)
+        bypass.forget_norm(cls)
     adapter.norms.clear()
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldm_fused
-from ldm_fused import FusedResnetBlock, functional, ops, reference, resnet
+from ldm_fused import FusedResnetBlock, functional, ops, reference, resnet_block
 from ldm_fused.compat import ldm
 
 
@@ -21,7 +21,7 @@ from ldm_fused.compat import ldm
 def device(request, monkeypatch):
     """Where a block lives. "cpu as CUDA" leaves the convolutions' biases to the fused ops, as is done on CUDA."""
     if request.param == "cpu as CUDA":
-        monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
+        monkeypatch.setattr(resnet_block, "_has_separate_bias", lambda x: True)
         return "cpu"
     return conftest.cuda() if request.param == "cuda" else "cpu"
 
@@ -485,7 +485,7 @@ def test_hooked_parts_are_called_whoever_adds_the_biases(device, name):
 def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apart(left, monkeypatch):
     """On a CPU oneDNN adds them on the way, and the block ends in an ordinary sum."""
     if left:
-        monkeypatch.setattr(resnet, "_has_separate_bias", lambda x: True)
+        monkeypatch.setattr(resnet_block, "_has_separate_bias", lambda x: True)
     calls, add = [], functional.bias_add_residual
     monkeypatch.setattr(functional, "bias_add_residual", lambda *a: calls.append(a) or add(*a))
     _, fused = pair(**CONFIGURATIONS["1x1 shortcut"])
@@ -497,7 +497,7 @@ def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apa
 def test_float32_beside_a_float64_input_is_promoted_as_pytorch_does(name):
     norm, x, counts = nn.GroupNorm(2, 4).double(), torch.randn(2, 4, 5, 5).double(), []
     t = torch.randint(-64, 64, (2, 4)) / 64  # 1 + t is exact in float32
-    y, _ = resnet.norm_swish(norm, x, **{name: t}, count=lambda x, reason: counts.append(reason))
+    y, _ = resnet_block.norm_swish(norm, x, **{name: t}, count=lambda x, reason: counts.append(reason))
     assert y.dtype == torch.float64 and [reason is None for reason in counts] == [name == "pre_bias"]
     expected = reference.group_norm_act(x, 2, eps=norm.eps, **{name: t.double()})
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -508,4 +508,4 @@ def test_a_float32_norm_beside_a_float64_input_raises_what_pytorch_raises():
     with pytest.raises(RuntimeError) as expected:
         norm(x)
     with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
-        resnet.norm_swish(norm, x)
+        resnet_block.norm_swish(norm, x)

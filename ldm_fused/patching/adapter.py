@@ -6,8 +6,8 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
-from .. import pristine
-from ..resnet import resnet
+from .. import bypass
+from ..resnet_block import resnet
 
 __all__ = ["Adapter", "Block", "register_block", "register_norm"]
 
@@ -27,7 +27,7 @@ class Adapter:
     small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in which
     ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names; where another
     argument is not its default, the class's own method runs. A class whose forward is the formula of a block needs no
-    adapter. :class:`Block` has an example. What is no block of two norms calls :func:`ldm_fused.resnet.norm_swish`,
+    adapter. :class:`Block` has an example. What is no block of two norms calls :func:`ldm_fused.resnet_block.norm_swish`,
     which calls a norm that must not be bypassed, and tells a site of :func:`sites` what it did.
     """
 
@@ -96,7 +96,7 @@ class Block(Adapter):
         return "norm1", "norm2"
 
     def resnet(self, block: nn.Module, x: Tensor, *, recompute: bool = False, **parts: Any) -> Tensor:
-        """:func:`ldm_fused.resnet.resnet`, which counts at ``block``'s first two sites, and recomputes where ``patch``
+        """:func:`ldm_fused.resnet_block.resnet`, which counts at ``block``'s first two sites, and recomputes where ``patch``
         or the block itself asks for it."""
         first, second = sites(block)[:2]
         return resnet(x, recompute=recompute or block.__dict__[STATE].recompute, counts=(first.count, second.count),
@@ -109,7 +109,7 @@ def channels(norm: nn.Module) -> int:
 
 
 registered: Dict[type, Adapter] = {}
-norms: Dict[type, pristine.Norm] = {}
+norms: Dict[type, bypass.Norm] = {}
 
 
 def register_block(cls: type, adapter: Adapter) -> None:
@@ -136,7 +136,7 @@ def register_norm(cls: type, *, keeps_dtype: bool = False, activated: bool = Fal
         TypeError: for a ``cls`` that is no class of modules.
     """
     _check_class(cls)
-    norms[cls] = pristine.Norm(keeps_dtype=keeps_dtype, activated=activated)
+    norms[cls] = bypass.Norm(keeps_dtype=keeps_dtype, activated=activated)
 
 
 def _check_class(cls: Any) -> None:

@@ -17,7 +17,7 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
     """Fuses every GroupNorm and activation in ``model`` that is known, in place, and changes nothing else.
 
     An instance becomes one of a subclass of its class. It keeps its submodules, Parameters, state dict and the name of
-    its class. Each call checks each norm and convolution (:mod:`ldm_fused.pristine`): what somebody hooks, wraps or
+    its class. Each call checks each norm and convolution (:mod:`ldm_fused.bypass`): what somebody hooks, wraps or
     moves, before ``patch`` or after, is not fused but called. Copies and pickles of a patched model are patched. To
     patch a patched model again changes nothing but ``recompute``.
 

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .. import pristine
+from .. import bypass
 from . import learn, pair, read_block, source, swap, trial
 from .adapter import STATE, Adapter, imported, registered
 from .adapter import norms as registered_norms
@@ -40,7 +40,7 @@ class Choice:
         self._classes = {**known_classes(), **registered}
         self._fused_already = imported(own.FUSED_ALREADY)
         for cls, norm in registered_norms.items():
-            pristine.know_norm(cls, norm)
+            bypass.know_norm(cls, norm)
         for _, module in modules:
             swap.clean(module)
             if swap.is_swapped(module) and isinstance(module.__dict__[STATE].adapter, Counted):
@@ -61,12 +61,12 @@ class Choice:
         if learn.looks_like_a_norm(module) or type(module) in registered_norms:
             reason = learn.norm(module)
             if reason is None:
-                key = type(module), pristine.known_norm(module)
+                key = type(module), bypass.known_norm(module)
                 if key not in self._tried_norms:
                     self._tried_norms[key] = trial.difference(module, Norm())
                 reason = self._tried_norms[key]
                 if reason is not None:
-                    pristine.forget_norm(type(module))
+                    bypass.forget_norm(type(module))
             if reason is not None:
                 self._unread[id(module)] = reason
         elif not module._modules and not type(module).__module__.startswith("torch."):
@@ -120,7 +120,7 @@ class Choice:
 
     def _norms(self, name: str, module: nn.Module) -> None:
         adapter = self._classes.get(type(module))
-        if adapter is None and pristine.known_norm(module) is not None:
+        if adapter is None and bypass.known_norm(module) is not None:
             adapter = Norm()
         reason = self._unread.get(id(module))
         if reason is None and adapter is not None and adapter.kind == "norm":

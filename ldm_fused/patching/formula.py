@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .. import pristine
+from .. import bypass
 from .source import Unreadable
 from .trace import Traced
 
@@ -95,7 +95,7 @@ class Reader:
         """What ``node`` computes swish of, and the path of the module that does, if one does; or None."""
         module = self.part(node)
         if module is not None:
-            return (self.take(node).args[0], node.target) if pristine.is_activation(module) else None
+            return (self.take(node).args[0], node.target) if bypass.is_activation(module) else None
         if _is(node, {F.silu}):
             return self.take(node).args[0], None
         if _is(node, MULTIPLY) and len(node.args) == 2 and not node.kwargs:
@@ -114,7 +114,7 @@ class Reader:
     def activated_norm(self, node: fx.Node, modulated: bool = False):
         """(norm's path, activation's path, what the norm reads, the modulation) of ``swish(norm(...))``."""
         module = self.part(node)
-        known = None if module is None else pristine.known_norm(module)
+        known = None if module is None else bypass.known_norm(module)
         if known is not None and known.activated:
             return self.take(node).target, None, node.args[0], None
         found = self.swish(node)
@@ -125,7 +125,7 @@ class Reader:
         if modulation is not None:
             inner, modulation = modulation
         module = self.part(inner)
-        known = None if module is None else pristine.known_norm(module)
+        known = None if module is None else bypass.known_norm(module)
         if known is None or known.activated:
             what = inner.target if module is None else f"a {type(module).__name__}"
             raise Unreadable(f"its swish is of {what}, no norm that is known")
@@ -274,7 +274,7 @@ def _block(r: Reader, order: int) -> Block:
         raise Unreadable(f"{conv1} is no convolution")
     h = r.take(conv1).args[0]
     resample = None
-    if r.part(h) is not None and not pristine.is_activation(r.part(h)) and pristine.known_norm(r.part(h)) is None:
+    if r.part(h) is not None and not bypass.is_activation(r.part(h)) and bypass.known_norm(r.part(h)) is None:
         resample, h = r.take(h).target, h.args[0]
     norm1, act1, h, _ = r.activated_norm(h)
     h, contiguous = r.input(h)
@@ -332,7 +332,7 @@ def _of_rank(node: Any, rank: int) -> Any:
 # ---- Norms and activations -------------------------------------------------------------------------------------------
 
 
-def norm(traced: Traced, module: nn.Module) -> pristine.Norm:
+def norm(traced: Traced, module: nn.Module) -> bypass.Norm:
     """What a class of norms computes that has ``num_groups``, ``weight``, ``bias`` and ``eps``.
 
     Raises:
@@ -367,7 +367,7 @@ def norm(traced: Traced, module: nn.Module) -> pristine.Norm:
     if given is not x:
         raise Unreadable(f"it computes {given} first")
     r.finish()
-    return pristine.Norm(keeps_dtype=keeps_dtype, activated=found is not None)
+    return bypass.Norm(keeps_dtype=keeps_dtype, activated=found is not None)
 
 
 def _uncast(r: Reader, node: Any, x: fx.Node) -> Tuple[Any, bool]:

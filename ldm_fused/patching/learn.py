@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from torch import nn
 
-from .. import pristine
+from .. import bypass
 from . import formula, source, swap
 from .source import Unreadable
 from .trace import trace
@@ -18,12 +18,12 @@ class ReadNorm:
 
     def __init__(self, names: Tuple[str, ...]) -> None:
         self.names = names
-        self.by: Dict[Tuple[Any, ...], Optional[pristine.Norm]] = {}
+        self.by: Dict[Tuple[Any, ...], Optional[bypass.Norm]] = {}
 
     def told(self, norm: nn.Module) -> Tuple[Any, ...]:
         return tuple(source.told(norm, name) for name in self.names)
 
-    def __call__(self, norm: nn.Module) -> Optional[pristine.Norm]:
+    def __call__(self, norm: nn.Module) -> Optional[bypass.Norm]:
         return self.by.get(self.told(norm))
 
 
@@ -37,13 +37,13 @@ def looks_like_a_norm(module: nn.Module) -> bool:
 def norm(module: nn.Module) -> Optional[str]:
     """Reads what a norm computes and remembers it; gives the reason why nobody can tell, or None."""
     cls = type(module)
-    known = pristine._NORMS.get(cls)
-    if isinstance(known, pristine.Norm) or known is not None and known(module) is not None:
+    known = bypass._NORMS.get(cls)
+    if isinstance(known, bypass.Norm) or known is not None and known(module) is not None:
         return None
     if module._modules:
         return "it has parts"
     if cls.forward is nn.GroupNorm.forward:
-        pristine.know_norm(cls, pristine.Norm())
+        bypass.know_norm(cls, bypass.Norm())
         return None
     try:
         traced = trace(module, "forward", {0: 4})
@@ -55,7 +55,7 @@ def norm(module: nn.Module) -> Optional[str]:
     names = tuple(name for name in traced.names if name not in _SIZES)
     if known is None:
         known = ReadNorm(names)
-        pristine.know_norm(cls, known)
+        bypass.know_norm(cls, known)
     if known.names != names:
         return "it branches in another way than its like"
     known.by[known.told(module)] = found
@@ -65,12 +65,12 @@ def norm(module: nn.Module) -> Optional[str]:
 def activation(module: nn.Module) -> None:
     """Reads whether a module without parts and parameters computes swish, and remembers that for its class."""
     cls = type(module)
-    if cls in _no_activations or pristine.is_activation(module) or module._modules or module._parameters:
+    if cls in _no_activations or bypass.is_activation(module) or module._modules or module._parameters:
         return
     try:
         traced = trace(module, "forward", {0: 4})
         if not traced.names and not traced.has_modes and formula.is_swish(traced, module):
-            pristine.know_activation(cls)
+            bypass.know_activation(cls)
             return
     except Unreadable:
         pass
@@ -82,7 +82,7 @@ def convolution(module: nn.Module) -> None:
     cls = type(module)
     for base in (nn.Conv2d, nn.Conv3d, nn.Conv1d):
         if isinstance(module, base) and cls.forward is base.forward and cls._conv_forward is base._conv_forward:
-            pristine.know_convolution(cls)
+            bypass.know_convolution(cls)
 
 
 _no_activations: "weakref.WeakSet[type]" = weakref.WeakSet()

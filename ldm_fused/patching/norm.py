@@ -4,21 +4,21 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from .. import functional, pristine
+from .. import bypass, functional
 
 
 def why_called(norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
     """The reason why a norm, which counts as a ``cls``, must compute this call itself, hooks aside; or None."""
-    reason = pristine.why_not_class(cls) or pristine.why_not_beside(norm, x)
+    reason = bypass.why_not_class(cls) or bypass.why_not_beside(norm, x)
     if reason is not None:
         return reason
-    known = pristine.known_norm(norm, cls)
+    known = bypass.known_norm(norm, cls)
     return "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
 
 
 def group_norm(norm: nn.Module, cls: type, x: Tensor, activation: Optional[str]) -> Tensor:
     """What a norm, which counts as a ``cls``, gives with an activation behind it, in the dtype that the class gives."""
     arguments = norm.num_groups, norm.weight, norm.bias, norm.eps
-    if pristine.known_norm(norm, cls).keeps_dtype:
+    if bypass.known_norm(norm, cls).keeps_dtype:
         return functional.group_norm_act_as(None, x, *arguments, activation=activation)
     return functional.group_norm_act(x, *arguments, activation=activation)

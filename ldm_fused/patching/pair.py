@@ -15,7 +15,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import pristine
+from .. import bypass
 from ..route import decided
 from . import swap
 from .adapter import STATE, Adapter, sites
@@ -63,9 +63,9 @@ class Norm(Adapter):
 def _why_apart(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
     """The reason why the norm and the activation are called, or None where the two are fused."""
     cls = swap.original(type(norm))
-    reason = frame.why_not or pristine.why_not_hooked(norm) or why_called(norm, cls, x)
+    reason = frame.why_not or bypass.why_call_differs(norm) or why_called(norm, cls, x)
     if reason is None and frame.act is not None:
-        reason = pristine.why_not_class(swap.original(type(frame.act))) or pristine.why_not_hooked(frame.act)
+        reason = bypass.why_not_class(swap.original(type(frame.act))) or bypass.why_call_differs(frame.act)
         reason = reason and f"its activation: {reason}"
     return reason
 
@@ -97,14 +97,14 @@ class Parent(Adapter):
 
     def why_not(self, parent: nn.Module) -> Optional[str]:
         norm = getattr(parent, self.norm)
-        known = pristine.known_norm(norm)
+        known = bypass.known_norm(norm)
         if known is None or known.activated:
             return f"{self.norm} is a {type(norm).__name__}, no norm that is known"
         return self.not_swish(parent)
 
     def not_swish(self, parent: nn.Module) -> Optional[str]:
         act = getattr(parent, self.act, None)
-        known = isinstance(act, nn.Module) and pristine.is_activation(act)
+        known = isinstance(act, nn.Module) and bypass.is_activation(act)
         return None if known else f"{self.act} is a {type(act).__name__}, not SiLU"
 
     def sites(self, parent: nn.Module) -> Sequence[str]:
@@ -154,7 +154,7 @@ class ParentOfFunction(Parent):
 
     def not_swish(self, parent: nn.Module) -> Optional[str]:
         act = _global(swap.original(type(parent)).forward, self.act)
-        return None if isinstance(act, FunctionType) and pristine.is_swish(act) else f"{self.act} is not swish"
+        return None if isinstance(act, FunctionType) and bypass.is_swish(act) else f"{self.act} is not swish"
 
     def parts(self, parent: nn.Module):
         return {self.norm: Norm()}
@@ -211,7 +211,7 @@ def parent_of(module: nn.Module) -> Optional[Parent]:
     its source tells; or None."""
     found = []
     for norm, part in module._modules.items():
-        known = None if part is None else pristine.known_norm(part)
+        known = None if part is None else bypass.known_norm(part)
         if known is None or known.activated:
             continue
         act = activation_behind(type(module).forward, norm)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import pristine, reference
+from .. import bypass, reference
 from ..route import decided
 from . import formula, source, swap
 from .adapter import Block, channels, sites
@@ -95,7 +95,7 @@ class ReadBlock(Block):
             return "its arguments have other dimensions than were read"
         for path, layers in self.containers[known].items():
             container = _part(block, path)
-            reason = pristine.why_not(container, nn.Sequential)
+            reason = bypass.why_not(container, nn.Sequential)
             if reason is None and not container._modules.keys() <= layers:
                 reason = f"it has {len(container)} layers"
             if reason is not None:
@@ -133,7 +133,7 @@ def looks_like_a_block(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.GroupNorm) or pristine.known_norm(module) is not None
+    return isinstance(module, nn.GroupNorm) or bypass.known_norm(module) is not None
 
 
 def read(module: nn.Module) -> ReadBlock:

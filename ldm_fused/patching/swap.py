@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 import torch
 from torch import Tensor, nn
 
-from .. import pristine
+from .. import bypass
 from ..route import decided
 from .adapter import STATE, Adapter, sites
 from .call import Call, has_proxy
@@ -68,7 +68,7 @@ class State:
         self.sites = tuple(Site(name) for name in adapter.sites(module))
         self.recompute = recompute
         self.why_not: Optional[str] = None  # found out at run time
-        self.known = pristine.knowledge(module)
+        self.known = bypass.knowledge(module)
         # A class with ways of its own to be copied goes by them, and its copies are unpatched.
         cls = type(module)
         self.travels = (cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__
@@ -82,7 +82,7 @@ class State:
 
 def _revived(known, adapter: Adapter, sites: Tuple[Site, ...], recompute: bool) -> State:
     """A state in another process, which has not learned the classes of norms yet."""
-    pristine.learn(known)
+    bypass.learn(known)
     state = State.__new__(State)
     state.adapter, state.sites, state.recompute, state.known = adapter, sites, recompute, known
     state.why_not, state.travels = None, True

@@ -6,13 +6,13 @@ forks keep the names.
 
 from typing import Dict
 
-from ... import pristine
+from ... import bypass
 from ..adapter import Adapter, imported
 from . import comfy, diffusers, own, plain
 
 CLASSES: Dict[str, Adapter] = {}
-NORMS: Dict[str, pristine.Norm] = {}
-CONVOLUTIONS: Dict[str, pristine.WhyNot] = {}
+NORMS: Dict[str, bypass.Norm] = {}
+CONVOLUTIONS: Dict[str, bypass.WhyNot] = {}
 for _library in (plain, own, diffusers, comfy):
     CLASSES.update(getattr(_library, "CLASSES", {}))
     NORMS.update(getattr(_library, "NORMS", {}))
@@ -25,11 +25,11 @@ def known_classes() -> Dict[type, Adapter]:
     for path, why_not_now in CONVOLUTIONS.items():
         cls = imported(path)
         if cls is not None:
-            pristine.know_convolution(cls, why_not_now)
+            bypass.know_convolution(cls, why_not_now)
     for path, norm in NORMS.items():
         cls = imported(path)
         if cls is not None:
-            pristine.know_norm(cls, norm)
+            bypass.know_norm(cls, norm)
     found: Dict[type, Adapter] = {}
     for path, adapter in CLASSES.items():
         cls = imported(path)

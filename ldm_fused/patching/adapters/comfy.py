@@ -5,7 +5,7 @@ from typing import Optional
 
 from torch import nn
 
-from ... import pristine
+from ... import bypass
 from .plain import Norm
 
 
@@ -20,6 +20,6 @@ def weights_change(layer: nn.Module) -> Optional[str]:
 
 FILES = tuple(f"{file}.{ops}" for file in ("comfy.ops", "ldm_patched.modules.ops")
               for ops in ("disable_weight_init", "manual_cast")) + ("backend.operations.ForgeOperations",)
-NORMS = {f"{file}.GroupNorm": pristine.Norm(why_not_now=weights_change) for file in FILES}
+NORMS = {f"{file}.GroupNorm": bypass.Norm(why_not_now=weights_change) for file in FILES}
 CONVOLUTIONS = {f"{file}.Conv{i}d": weights_change for file in FILES for i in (1, 2, 3)}
 CLASSES = {name: Norm() for name in NORMS}

@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from ... import pristine
+from ... import bypass
 from .. import swap
 from ..adapter import Block, channels
 from ..pair import Parent
@@ -57,7 +57,7 @@ class ResnetBlockCondNorm2D(ResnetBlock):
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         for norm in (block.norm1, block.norm2):
-            if pristine.known_norm(norm) is None:
+            if bypass.known_norm(norm) is None:
                 return f"its norm is {type(norm).__name__}"
             if norm.act is not None and not isinstance(norm.act, nn.Module):
                 return f"its norm's activation is {norm.act}"
@@ -82,7 +82,7 @@ class ResnetBlockCondNorm2D(ResnetBlock):
 
 def _modulation(norm: nn.Module, temb: Tensor):
     called = functools.partial(norm, emb=temb)
-    if pristine.known_norm(norm) is None or pristine.why_not(norm, type(norm)) is not None:
+    if bypass.known_norm(norm) is None or bypass.why_not(norm, type(norm)) is not None:
         return dict(called=called)  # scale and shift would be computed for nothing
     scale, shift = norm.linear(norm.act(temb) if norm.act is not None else temb).chunk(2, dim=1)
     return dict(scale=scale, shift=shift, called=called)
@@ -154,4 +154,4 @@ CLASSES = {
     "diffusers.models.autoencoders.vae.MaskConditionDecoder": Parent("conv_norm_out", "conv_act"),
 }
 # It normalizes without weight and bias, and then scales and shifts by what its block computes.
-NORMS = {"diffusers.models.normalization.AdaGroupNorm": pristine.Norm()}
+NORMS = {"diffusers.models.normalization.AdaGroupNorm": bypass.Norm()}

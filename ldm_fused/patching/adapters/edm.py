@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import pristine
+from ... import bypass
 from ...route import decided
 from .. import source, swap
 from ..adapter import Adapter, Block, sites
@@ -44,7 +44,7 @@ class AttentionBlock(Block):
 
     def why_not(self, block: nn.Module) -> Optional[str]:
         norms = [getattr(block, name) for name in self.sites(block)]
-        unknown = [type(norm).__name__ for norm in norms if pristine.known_norm(norm) is None]
+        unknown = [type(norm).__name__ for norm in norms if bypass.known_norm(norm) is None]
         return f"its norm is {unknown[0]}" if unknown else None
 
     def variant(self, block: nn.Module):
@@ -70,7 +70,7 @@ class AttentionBlock(Block):
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
         norm = block.norm2
-        reason = decided(pristine.why_not_norm, norm, x)
+        reason = decided(bypass.why_not_norm, norm, x)
         sites(block)[2].count(x, reason)
         h = norm(x) if reason is not None else group_norm(norm, type(norm), x, None)
         # (N, heads, channels a head, 3, pixels)

@@ -5,8 +5,8 @@ from typing import List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ... import pristine
-from ...resnet import norm_swish
+from ... import bypass
+from ...resnet_block import norm_swish
 from ...route import decided
 from .. import swap
 from ..adapter import Adapter, channels, sites
@@ -19,13 +19,13 @@ class Norm(Adapter):
     kind = "norm"
 
     def why_not(self, norm: nn.Module) -> Optional[str]:
-        return pristine.why_not_class(type(norm))
+        return bypass.why_not_class(type(norm))
 
     def sites(self, norm: nn.Module) -> Sequence[str]:
         return ("",)
 
     def variant(self, norm: nn.Module):
-        return getattr(norm, "weight", None) is None, pristine.known_norm(norm)
+        return getattr(norm, "weight", None) is None, bypass.known_norm(norm)
 
     def examples(self, norm: nn.Module):
         # The op is PyTorch's GroupNorm, which has its own tests; other classes are tried.
@@ -39,7 +39,7 @@ class Norm(Adapter):
         sites(norm)[0].count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
-        return group_norm(norm, cls, input, "silu" if pristine.known_norm(norm, cls).activated else None)
+        return group_norm(norm, cls, input, "silu" if bypass.known_norm(norm, cls).activated else None)
 
     def why_called(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
         """The reason why this call is not fused, or None."""
@@ -67,15 +67,15 @@ class Sequential(Adapter):
     def sites(self, sequential: nn.Sequential) -> List[str]:
         parts = list(sequential._modules.items())
         return [a for (a, norm), (_, act) in zip(parts, parts[1:])
-                if _is_norm_without_activation(norm) and pristine.is_activation(act)]
+                if _is_norm_without_activation(norm) and bypass.is_activation(act)]
 
     def why_not(self, sequential: nn.Sequential) -> Optional[str]:
-        reason = pristine.why_not_class(nn.Sequential)
+        reason = bypass.why_not_class(nn.Sequential)
         parts = list(sequential._modules.values())
         for norm, act in zip(parts, parts[1:]):
-            if reason is None and _is_norm_without_activation(norm) and pristine.is_activation(act):
-                reason = pristine.why_not_class(type(norm))
-                if reason is None and not pristine.is_swish(type(act).forward.__get__(act)):
+            if reason is None and _is_norm_without_activation(norm) and bypass.is_activation(act):
+                reason = bypass.why_not_class(type(norm))
+                if reason is None and not bypass.is_swish(type(act).forward.__get__(act)):
                     reason = f"its {type(act).__name__} is not swish"
         return reason
 
@@ -102,7 +102,7 @@ class Sequential(Adapter):
 
 
 def _is_norm_without_activation(norm: Optional[nn.Module]) -> bool:
-    known = None if norm is None else pristine.known_norm(norm)
+    known = None if norm is None else bypass.known_norm(norm)
     return known is not None and not known.activated
 
 

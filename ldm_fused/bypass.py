@@ -114,7 +114,7 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
     """
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
-    reason = why_not_class(cls) or why_not_hooked(module)
+    reason = why_not_class(cls) or why_call_differs(module)
     if reason is not None:
         return reason
     if device is not None:
@@ -133,16 +133,16 @@ def why_not_class(cls: type) -> Optional[str]:
     return None
 
 
-def why_not_hooked(module: nn.Module) -> Optional[str]:
+def why_call_differs(module: nn.Module) -> Optional[str]:
     """The reason why whoever calls ``module`` gets, or is told, more than its class's forward, or None."""
-    reason = why_not_instance(module)
+    reason = why_instance_differs(module)
     if reason is None and (_module._global_forward_hooks or _module._global_forward_pre_hooks
                            or _module._global_backward_hooks or _module._global_backward_pre_hooks):
         reason = "there are global module hooks"
     return reason
 
 
-def why_not_instance(module: nn.Module) -> Optional[str]:
+def why_instance_differs(module: nn.Module) -> Optional[str]:
     """The reason why calling ``module`` does more than its class's forward does, or None."""
     if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
         return "its forward is replaced"

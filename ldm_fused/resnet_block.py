@@ -1,6 +1,6 @@
 """What all ResNet blocks have in common: norm, swish, convolution, norm, swish, dropout, convolution, plus a shortcut.
 
-Each part is bypassed only while it is pristine (:mod:`ldm_fused.pristine`), which is looked at in every call, and
+Each part is bypassed only while it is pristine (:mod:`ldm_fused.bypass`), which is looked at in every call, and
 called as it is otherwise.
 """
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import functional, ops, pristine, reference
+from . import bypass, functional, ops, reference
 from .route import decided
 
 Count = Callable[[Tensor, Optional[str]], None]  # of a norm's input, and the reason why the norm was called, or None
@@ -99,7 +99,7 @@ def bias_left(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
     On CUDA PyTorch adds a convolution's bias in a kernel of its own, which reads and writes the whole tensor; on a CPU
     the convolution adds it on the way.
     """
-    if not _has_separate_bias(x) or ops.in_transform() or not pristine.is_plain_convolution(conv, x.device):
+    if not _has_separate_bias(x) or ops.in_transform() or not bypass.is_plain_convolution(conv, x.device):
         return None
     bias, out_dtype = conv.bias, conv.weight.dtype
     if functional.is_autocast(x) and out_dtype != torch.float64:
@@ -125,9 +125,9 @@ def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[fl
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
         return 0.0
-    if type(dropout) is nn.Identity and pristine.why_not(dropout, nn.Identity) is None:
+    if type(dropout) is nn.Identity and bypass.why_not(dropout, nn.Identity) is None:
         return 0.0
-    if not isinstance(dropout, nn.Module) or pristine.why_not(dropout, nn.Dropout) is not None:
+    if not isinstance(dropout, nn.Module) or bypass.why_not(dropout, nn.Dropout) is not None:
         return None
     return dropout.p if dropout.training else 0.0
 
@@ -169,7 +169,7 @@ def norm_swish(
             h = h * (1 + reference.per_channel(scale, h))
         if shift is not None and called is None:
             h = h + reference.per_channel(shift, h)
-        known = pristine.known_norm(norm)
+        known = bypass.known_norm(norm)
         if known is None or not known.activated:
             h = (reference.swish if act is None else act)(h)
         return (F.dropout(h, dropout_p) if dropout_p else h), x
@@ -178,7 +178,7 @@ def norm_swish(
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     dtype = decided(_autocast_dtype_of_convolution, x, into)
     shortcut = shortcut and torch.is_grad_enabled()
-    keeps_dtype = pristine.known_norm(norm).keeps_dtype
+    keeps_dtype = bypass.known_norm(norm).keeps_dtype
     if dtype is None and not keeps_dtype and (functional.is_autocast(x) or not shortcut):
         return functional.group_norm_act(x, norm.num_groups, weight, bias, norm.eps, pre_bias=pre_bias, scale=scale,
                                          shift=shift, dropout_p=dropout_p), x
@@ -195,11 +195,11 @@ def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tens
 
 
 def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
-    reason = pristine.why_not_norm(norm, x)
+    reason = bypass.why_not_norm(norm, x)
     if reason is not None:
         return reason
     if act is not None:
-        reason = pristine.why_not_activation(act)
+        reason = bypass.why_not_activation(act)
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):
@@ -211,7 +211,7 @@ def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Option
 def _autocast_dtype_of_convolution(x: Tensor, conv: Optional[nn.Module]) -> Optional[torch.dtype]:
     """The dtype that autocast casts a plain convolution's input to, if the op can store it; None to leave it alone."""
     device_type = x.device.type
-    if not functional.is_autocast(x) or not pristine.is_plain_convolution(conv):
+    if not functional.is_autocast(x) or not bypass.is_plain_convolution(conv):
         return None
     dtype = torch.get_autocast_dtype(device_type)
     return dtype if dtype == x.dtype or x.dtype == torch.float32 else None
