@@ -11,7 +11,7 @@ from .patching.adapters.own import BLOCK
 from .patching.call import Call
 from .patching.report import UnsupportedBlock
 from .patching.source import Unreadable
-from .resnet_block import resnet
+from .resnet_block import Stage, resnet
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
 
@@ -106,8 +106,8 @@ class FusedResnetBlock(reference.ResnetBlock):
         shortcut = None
         if self.in_channels != self.out_channels:
             shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
-        return resnet(x, norm1=self.norm1, conv1=self.conv1, temb=temb, norm2=self.norm2, dropout=self.dropout,
-                      conv2=self.conv2, shortcut=shortcut, recompute=self.recompute)
+        return resnet(x, Stage(self.norm1, self.conv1), Stage(self.norm2, self.conv2), temb=temb, dropout=self.dropout,
+                      shortcut=shortcut, recompute=self.recompute)
 
 
 class StandIn(FusedResnetBlock):

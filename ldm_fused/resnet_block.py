@@ -1,10 +1,10 @@
 """What all ResNet blocks have in common: norm, swish, convolution, norm, swish, dropout, convolution, plus a shortcut.
 
 Each part is bypassed only while it is pristine (:mod:`ldm_fused.bypass`), which is looked at in every call, and
-called as it is otherwise.
+called as a module otherwise.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -21,56 +21,62 @@ def not_counted(x: Tensor, reason: Optional[str]) -> None:
     """Where nobody asks."""
 
 
+class Stage(NamedTuple):
+    """Half of a block: a norm, the activation behind it, and the convolution that takes the result."""
+
+    norm: nn.Module
+    conv: nn.Module
+    act: Optional[nn.Module] = None  # the module of the activation; None where the class computes swish itself
+    scale: Optional[Tensor] = None  # (N, C), as are the next: behind the norm, * (1 + scale) + shift
+    shift: Optional[Tensor] = None
+    called: Optional[Callable[[Tensor], Tensor]] = None  # calls a norm that computes scale and shift itself
+    count: Count = not_counted
+
+    def norm_swish(self, x: Tensor, into: Optional[nn.Module], **options: Any) -> Tuple[Tensor, Tensor]:
+        return norm_swish(self.norm, x, act=self.act, scale=self.scale, shift=self.shift, called=self.called,
+                          count=self.count, into=into, **options)
+
+
 def resnet(
     x: Tensor,
+    first: Stage,
+    second: Stage,
     *,
-    norm1: nn.Module,
-    conv1: nn.Module,
-    norm2: nn.Module,
-    conv2: nn.Module,
-    act1: Optional[nn.Module] = None,
-    act2: Optional[nn.Module] = None,
     dropout: Optional[Callable[[Tensor], Tensor]] = None,
     shortcut: Optional[nn.Module] = None,
     resample: Optional[Callable[[Tensor], Tensor]] = None,
     resample_x: Optional[Callable[[Tensor], Tensor]] = None,
     temb: Optional[Tensor] = None,
     cast_temb: bool = False,
-    modulate1: Optional[Dict[str, Any]] = None,
-    modulate2: Optional[Dict[str, Any]] = None,
-    divisor: float = 1.0,
+    scale: float = 1.0,
     recompute: bool = False,
-    counts: Tuple[Count, Count] = (not_counted, not_counted),
 ) -> Tensor:
-    """``(shortcut(x) + conv2(dropout(act2(norm2(conv1(act1(norm1(x))) + temb))))) / divisor``.
+    """``(shortcut(x) + second(first(x) + temb)) * scale``, a stage being ``conv(act(norm(x)))``.
 
-    ``act1`` and ``act2`` are the modules of the activations, None where the class computes swish itself. ``resample``
-    stands between the first activation and conv1, and on x where ``resample_x`` does not. ``temb`` is (N, C), or of any
-    shape that broadcasts against conv1's output, and with ``cast_temb`` cast to its dtype. ``modulate1`` and
-    ``modulate2`` are ``scale``, ``shift`` and ``called`` of :func:`norm_swish`, for either norm. ``recompute``: keep
-    for the backward pass only x and conv1's output, and compute the activated tensors again. ``counts`` are told of
-    each norm, as ``count`` of :func:`norm_swish`.
+    ``dropout`` stands before the second convolution. ``resample`` stands between the first activation and convolution,
+    and on x where ``resample_x`` does not. ``temb`` is (N, C), or of any shape that broadcasts against the first
+    convolution's output, and with ``cast_temb`` cast to its dtype. ``recompute``: keep for the backward pass only x and
+    the first convolution's output, and compute the activated tensors again.
     """
     # A bias is left to the op that reads a convolution's output only where nothing comes between.
     per_sample = temb is None or temb.dim() == 2
-    bias1 = decided(bias_left, conv1, x) if per_sample else None
-    bias2 = decided(bias_left, conv2, x)
+    bias1 = decided(bias_left, first.conv, x) if per_sample else None
+    bias2 = decided(bias_left, second.conv, x)
 
     def first_half(x: Tensor) -> Tuple[Tensor, Tensor]:
-        h, x = norm_swish(norm1, x, act=act1, into=None if resample else conv1, shortcut=True, count=counts[0],
-                          **modulate1 or {})
+        h, x = first.norm_swish(x, None if resample else first.conv, shortcut=True)
         if resample is not None:
             h, x = resample(h), (resample_x or resample)(x)
-        return convolution(conv1, h, bias1), x
+        return convolution(first.conv, h, bias1), x
 
     def second_half(h: Tensor) -> Tensor:
         pre_bias = temb.to(h.dtype) if cast_temb and temb is not None else temb
         if not per_sample:
             h, pre_bias = h + pre_bias, None
         p = decided(probability_of, dropout)
-        h, _ = norm_swish(norm2, h, pre_bias=pre_bias, conv_bias=bias1, act=act2, into=None if p is None else conv2,
-                          dropout_p=p or 0.0, count=counts[1], **modulate2 or {})
-        return convolution(conv2, dropout(h) if p is None else h, bias2)
+        h, _ = second.norm_swish(h, None if p is None else second.conv, pre_bias=pre_bias, conv_bias=bias1,
+                                 dropout_p=p or 0.0)
+        return convolution(second.conv, dropout(h) if p is None else h, bias2)
 
     if recompute and _may_recompute():
         # The recomputation stops at what the convolution saves, its input: convolutions run once.
@@ -83,10 +89,10 @@ def resnet(
     if shortcut is not None:
         shortcut_bias = decided(bias_left, shortcut, x)
         x = convolution(shortcut, x, shortcut_bias)
-    if x.dtype != h.dtype or x.shape != h.shape or bias2 is None and shortcut_bias is None and divisor == 1.0:
+    if x.dtype != h.dtype or x.shape != h.shape or bias2 is None and shortcut_bias is None and scale == 1.0:
         y = with_bias(x, shortcut_bias) + with_bias(h, bias2)
-        return y if divisor == 1.0 else y / divisor
-    return functional.bias_add_residual(x, h, shortcut_bias, bias2, 1.0 / divisor)  # the result's layout is x's
+        return y if scale == 1.0 else y * scale
+    return functional.bias_add_residual(x, h, shortcut_bias, bias2, scale)  # the result's layout is x's
 
 
 def _may_recompute() -> bool:
@@ -158,7 +164,8 @@ def norm_swish(
     None.
     """
     if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):
-        x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None  # promoted or broadcast, as PyTorch does it
+        # Promoted or broadcast, as PyTorch does it.
+        x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None
     reason = decided(_why_not_norm_swish, norm, x, scale, shift, act)
     if reason is not None:
         x = _with_biases(x, conv_bias, pre_bias)

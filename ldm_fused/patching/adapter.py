@@ -7,7 +7,7 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 from torch import Tensor, nn
 
 from .. import bypass
-from ..resnet_block import resnet
+from ..resnet_block import Stage, resnet
 
 __all__ = ["Adapter", "Block", "register_block", "register_norm"]
 
@@ -27,8 +27,9 @@ class Adapter:
     small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in which
     ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names; where another
     argument is not its default, the class's own method runs. A class whose forward is the formula of a block needs no
-    adapter. :class:`Block` has an example. What is no block of two norms calls :func:`ldm_fused.resnet_block.norm_swish`,
-    which calls a norm that must not be bypassed, and tells a site of :func:`sites` what it did.
+    adapter. :class:`Block` has an example. What is no block of two norms calls
+    :func:`ldm_fused.resnet_block.norm_swish`, which calls a norm that must not be bypassed, and tells a site of
+    :func:`sites` what it did.
     """
 
     method = "forward"
@@ -95,12 +96,17 @@ class Block(Adapter):
     def sites(self, block: nn.Module) -> Sequence[str]:
         return "norm1", "norm2"
 
-    def resnet(self, block: nn.Module, x: Tensor, *, recompute: bool = False, **parts: Any) -> Tensor:
-        """:func:`ldm_fused.resnet_block.resnet`, which counts at ``block``'s first two sites, and recomputes where ``patch``
-        or the block itself asks for it."""
+    def resnet(self, block: nn.Module, x: Tensor, *, norm1: nn.Module, conv1: nn.Module, norm2: nn.Module,
+               conv2: nn.Module, act1: Optional[nn.Module] = None, act2: Optional[nn.Module] = None,
+               modulate1: Optional[Dict[str, Any]] = None, modulate2: Optional[Dict[str, Any]] = None,
+               recompute: bool = False, **options: Any) -> Tensor:
+        """:func:`ldm_fused.resnet_block.resnet`, which counts at ``block``'s first two sites, and recomputes where
+        ``patch`` or the block itself asks for it. ``modulate1`` and ``modulate2`` are ``scale``, ``shift`` and
+        ``called`` of the two stages."""
         first, second = sites(block)[:2]
-        return resnet(x, recompute=recompute or block.__dict__[STATE].recompute, counts=(first.count, second.count),
-                      **parts)
+        return resnet(x, Stage(norm1, conv1, act1, count=first.count, **modulate1 or {}),
+                      Stage(norm2, conv2, act2, count=second.count, **modulate2 or {}),
+                      recompute=recompute or block.__dict__[STATE].recompute, **options)
 
 
 def channels(norm: nn.Module) -> int:

@@ -79,7 +79,7 @@ class ReadBlock(Block):
         parts = {name: _part(block, getattr(known, name)) for name in (
             "norm1", "act1", "conv1", "norm2", "act2", "conv2", "shortcut", "resample", "resample_x")}
         return self.resnet(block, x, **parts, dropout=dropout, temb=emb, cast_temb=known.cast, modulate2=modulate,
-                           divisor=1.0 / known.factor)
+                           scale=known.factor)
 
     def why_called(self, block: nn.Module, known: Optional[formula.Block], x: Tensor, emb: Any) -> Optional[str]:
         """The reason why the class's own method must run, or None."""

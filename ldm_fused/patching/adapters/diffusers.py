@@ -49,7 +49,7 @@ class ResnetBlock2D(ResnetBlock):
         if block.training and parts["shortcut"] is not None:
             input_tensor = input_tensor.contiguous()
         return self.resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
-                           resample=resample, divisor=block.output_scale_factor)
+                           resample=resample, scale=1.0 / block.output_scale_factor)
 
 
 class ResnetBlockCondNorm2D(ResnetBlock):
@@ -76,7 +76,7 @@ class ResnetBlockCondNorm2D(ResnetBlock):
             return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns
         resample = block.upsample if block.upsample is not None else block.downsample
         return self.resnet(block, input_tensor, **self.parts_of(block), resample=resample,
-                           divisor=block.output_scale_factor, modulate1=_modulation(block.norm1, temb),
+                           scale=1.0 / block.output_scale_factor, modulate1=_modulation(block.norm1, temb),
                            modulate2=_modulation(block.norm2, temb))
 
 

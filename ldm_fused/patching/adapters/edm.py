@@ -65,7 +65,7 @@ class AttentionBlock(Block):
         drops = block.training and block.dropout > 0
         x = self.resnet(block, x, norm1=block.norm0, conv1=block.conv0, norm2=block.norm1, conv2=block.conv1,
                         dropout=(lambda h: F.dropout(h, p=block.dropout)) if drops else None, shortcut=block.skip,
-                        temb=params, modulate2=modulate, divisor=1 / self.skip_scale)
+                        temb=params, modulate2=modulate, scale=self.skip_scale)
         return self.attention(block, x)
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
