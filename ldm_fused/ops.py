@@ -245,8 +245,8 @@ class GroupNormAct(torch.autograd.Function):
 
 
 class GroupNormActAndShortcut(torch.autograd.Function):
-    """The op in eager mode, and x itself for a shortcut, whose gradient is added to dx in the same kernel. Autograd would
-    read both and write the sum."""
+    """The op in eager mode, and x itself for a shortcut, whose gradient is added to dx in the same kernel. Autograd
+    would read both and write the sum."""
 
     @staticmethod
     def forward(ctx, *arguments):

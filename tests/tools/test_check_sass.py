@@ -340,7 +340,7 @@ def test_too_many_kernels_fail(capsys):
 
 def test_every_kernel_of_the_sources_is_in_the_table():
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
-    names = re.findall(r"__global__ void\s+(?:__\w+__\([^)]*\)\s+)*(\w+)\(", sources)
+    names = re.findall(r"__global__ void\s+(?:__\w+__\((?:[^()]|\([^()]*\))*\)\s+)*(\w+)\(", sources)
     assert len(names) == sources.count("__global__ ") > 0
     assert [name for name in names if not any(check_sass.role(name + arguments) for arguments in (
         "<float, 4>", "<float, float, 4, true, true>"))] == []
