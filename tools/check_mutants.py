@@ -38,7 +38,7 @@ TESTS = ["-q", "-s", "--no-header", "--no-summary", "-p", "no:cacheprovider", "t
          "-k", SELECTION]
 # The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
 FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
-PATIENCE = 8  # how many times what the tests take without a mutant; other runs share the machine
+PATIENCE = 8  # how many times what a test takes without a mutant; other runs share the machine
 
 # Also what makes an asynchronous copy arrive; of functions of the kernels' own, the calls.
 BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_wait\(\)(?=;)|"
@@ -178,8 +178,7 @@ class Suite:
 class Fork:
     """A fork of this process, which has loaded all that takes time: it returns what ``work()`` returns."""
 
-    def __init__(self, work, limit):
-        self.end = time.monotonic() + limit
+    def __init__(self, work):
         self.output, self.found = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile()
         self.pid = os.fork()
         if self.pid == 0:
@@ -197,14 +196,11 @@ class Fork:
     def result(self):
         """None while it runs; else (what it returned, None) or (None, how it ended instead)."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid == 0 and time.monotonic() > self.end:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            return None, "it does not come to an end"
         if pid == 0:
             return None
         if os.WIFSIGNALED(status):
-            return None, f"a crash, {signal.Signals(os.WTERMSIG(status)).name}"
+            name = signal.Signals(os.WTERMSIG(status)).name
+            return None, "a test that does not come to an end" if name == "SIGALRM" else f"a crash, {name}"
         self.found.seek(0)
         if os.WEXITSTATUS(status) == 0:
             return pickle.load(self.found), None
@@ -239,11 +235,14 @@ def reached_by(suite, items, count):
     return found
 
 
-def first_failure(suite, items, mutant):
-    """The first of the tests that fails with the mutant, or None."""
+def first_failure(suite, items, limits, mutant):
+    """The first of the tests that fails with the mutant, or None. Each has its limit of seconds: an alarm ends all."""
     library().set_mutant(mutant)
-    return next((item.name for item, following in zip(items, [*items[1:], None])
-                 if not suite.passes(item, following)), None)
+    for item, following, limit in zip(items, [*items[1:], None], limits):
+        signal.alarm(limit)
+        if not suite.passes(item, following):
+            return item.name
+    return None
 
 
 def run_mutants(suite, items, found, numbers, at_once):
@@ -253,8 +252,8 @@ def run_mutants(suite, items, found, numbers, at_once):
         while waiting and len(running) < at_once:
             number = waiting.pop(0)
             tests = sorted((seconds, i) for i, (seconds, reached) in enumerate(found) if number in reached)
-            chosen, limit = [items[i] for _, i in tests], 20 + PATIENCE * sum(seconds for seconds, _ in tests)
-            running[number] = Fork(functools.partial(first_failure, suite, chosen, number), limit)
+            chosen, limits = [items[i] for _, i in tests], [10 + int(PATIENCE * seconds) for seconds, _ in tests]
+            running[number] = Fork(functools.partial(first_failure, suite, chosen, limits, number))
         for number, fork in list(running.items()):
             result = fork.result()
             if result is not None:
@@ -283,7 +282,7 @@ def main(arguments=()):
     survivors = []
 
     def judge(suite, items):
-        found, ended = Fork(functools.partial(reached_by, suite, items, len(mutants)), 3600).wait()
+        found, ended = Fork(functools.partial(reached_by, suite, items, len(mutants))).wait()
         if ended or isinstance(found, str):
             sys.exit(f"Without a mutant the tests fail already:\n{ended or found}")
         start = time.monotonic()
