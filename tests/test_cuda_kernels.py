@@ -53,6 +53,17 @@ def test_every_tier_adds_what_reaches_x_by_another_way(name, shape, num_groups, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan_of,shape", [(emulated.plan_forward, (1, 4, 128, 128)),
+                                           (emulated.plan_backward, (1, 4, 64, 128))])
+def test_a_thread_waits_for_each_quarter_of_its_item(plan_of, shape, layout):
+    case = make_case(shape, 1, layout=layout)
+    with emulated.device(emulated.small_device(2, 200, clusters=False)):
+        r = plan_of(case.x, 1)["residence"]
+        assert r["kept"] == r["steps"] == 4 * r["segment"]
+        assert_within_bound(case, all_results(case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("plan_of", [emulated.plan_forward, emulated.plan_backward])
 def test_cases_above_reach_every_tier(plan_of, layout):
     plans = []
