@@ -152,7 +152,7 @@ def why_instance_differs(module: nn.Module) -> Optional[str]:
 
 
 def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
-    """The reason why ``norm(x)`` must be called as it is, or None where the fused op may compute it."""
+    """The reason why ``norm(x)`` must be called, or None where the fused op may compute it."""
     cls = type(norm) if type(norm) in _NORMS else nn.GroupNorm
     reason = why_not(norm, cls, x.device)
     if reason is not None:

@@ -33,7 +33,7 @@ class FusedResnetBlock(reference.ResnetBlock):
     A drop-in for :class:`ldm_fused.reference.ResnetBlock`: the same submodules, creation order and state dict, so that
     the same seed gives the same weights and a checkpoint of either loads into the other. ``norm1`` and ``norm2`` stay
     plain ``nn.GroupNorm``; each is fused only while nothing has replaced, hooked or moved it, which is looked at in
-    every call (:mod:`ldm_fused.bypass`), and called as it is otherwise.
+    every call (:mod:`ldm_fused.bypass`), and called as a module otherwise.
 
     Args:
         in_channels, out_channels, conv_shortcut, dropout, temb_channels, num_groups, eps: as the reference block's.

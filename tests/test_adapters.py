@@ -180,7 +180,7 @@ def test_openai_unet(file, name, load, biases):
     assert [row.name for row in run.sites] == ["block.in_layers.0", "block.out_layers.0", "norm", "out.0"]
 
 
-def test_a_subclass_that_keeps_the_method_is_served(load):
+def test_a_subclass_that_keeps_the_method_is_fused(load):
     """As SVD's VideoResBlock, whose forward goes on with what its base's gives."""
     load("sgm.modules.diffusionmodules.util")
     ResBlock = load("sgm.modules.diffusionmodules.openaimodel").ResBlock

@@ -160,7 +160,7 @@ def test_autocast_gradients_have_their_leaves_dtypes(device):
 # ---- Devices without kernels -------------------------------------------------------------------------------------
 
 
-def test_a_device_without_kernels_is_served_with_one_warning(monkeypatch):
+def test_a_device_without_kernels_composes_with_one_warning(monkeypatch):
     monkeypatch.setattr(ldm_fused.functional, "_KERNEL_DEVICES", frozenset({"meta"}))
     monkeypatch.setattr(ldm_fused.functional, "_warned", set())
     x = torch.randn(2, 8, 5, requires_grad=True)

@@ -132,7 +132,7 @@ WITH_EMBEDDING = ("embedding_added", "embedding_by_rank", "scale_and_shift", "ad
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm, GroupNorm32])
 @pytest.mark.parametrize("name", SERVED)
-def test_a_block_of_any_names_is_served(name, norm, biases):
+def test_a_block_of_any_names_is_fused(name, norm, biases):
     wider = name not in ("plain", "branches")
     model = block(SERVED[name], out_channels=64 if wider else 32, norm=norm)
     dtype, tolerance = (torch.float64, 1e-9) if norm is nn.GroupNorm else (torch.float32, 1e-3)

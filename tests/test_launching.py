@@ -324,7 +324,7 @@ def test_a_device_knows_whether_there_is_code_for_it():
             forward(make_case((2, 8, 4, 4), 2))
 
 
-def test_a_device_without_code_is_served_with_one_warning(monkeypatch):
+def test_a_device_without_code_composes_with_one_warning(monkeypatch):
     monkeypatch.setattr(functional, "_KERNEL_DEVICES", frozenset({"cpu", "meta", "cuda"}))
     monkeypatch.setattr(functional, "_warned", set())
     monkeypatch.setattr(ops, "_devices_with_code", {0: False})
