@@ -72,6 +72,7 @@ HARMLESS = [
     ("round < r.rounds && round * r", "bound + 1", "no more is kept than all rounds have"),
     ("round * r.steps < r.kept; ++round", "bound + 1", "nothing of that round is kept"),
     ("(i += 32) < number", "bound + 1", "what it reads, of the block's own tables, goes unused"),
+    ("if (lane_index() < number)", "bound + 1", "what it reads, of the block's own tables, goes unused"),
     ("i < kHeld;", "bound + 1", "no thread has so many vectors behind the steps"),
     ("i < kHeld; i += kBatch", "bound - 1", "8 and 16 are multiples of a batch"),
     ("chunk > 0 ?", "bound - 1", "what no vector went into counts for nothing"),
