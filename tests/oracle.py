@@ -107,7 +107,7 @@ def eager(case):
 
 
 def with_shortcut(case, shortcut):
-    """What the oracle and eager give where ``shortcut`` is what reaches x by another way."""
+    """What the oracle and eager give where ``shortcut`` is the shortcut's gradient."""
     results = oracle(case), eager(case)
     for named in results:
         named["x"] = named["x"] + shortcut.to(named["x"])

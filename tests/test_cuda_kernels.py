@@ -45,7 +45,7 @@ def test_every_tier(name, shape, num_groups, dtype, out_dtype, layout):
 @pytest.mark.parametrize("dtype,out_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, None)], ids=str)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
 @pytest.mark.parametrize("name", DEVICES)
-def test_every_tier_adds_what_reaches_x_by_another_way(name, shape, num_groups, dtype, out_dtype, layout):
+def test_every_tier_adds_the_shortcuts_gradient(name, shape, num_groups, dtype, out_dtype, layout):
     case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)
     shortcut = laid_out(torch.randn(shape).to(dtype), layout)
     with emulated.device(DEVICES[name]):

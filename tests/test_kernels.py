@@ -67,7 +67,7 @@ def test_all_parameters(kernels, shape, num_groups, dtype, out_dtype, layout):
 @pytest.mark.parametrize("shape,num_groups", [((2, 64, 8, 8), 32), ((3, 30, 7, 5), 3), ((2, 10), 2), ((1, 4, 65, 129), 2),
                                               ((1, 2, 16385), 2)], ids=str)
 @pytest.mark.parametrize("silu", [True, False])
-def test_what_reaches_x_by_another_way_is_added(kernels, silu, shape, num_groups, dtype, out_dtype, layout):
+def test_the_shortcuts_gradient_is_added(kernels, silu, shape, num_groups, dtype, out_dtype, layout):
     case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype, silu=silu)
     if case is None:
         pytest.skip(f"{len(shape)}-D tensors have no channels_last")
