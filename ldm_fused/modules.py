@@ -82,7 +82,7 @@ class FusedResnetBlock(reference.ResnetBlock):
     def _sharing(cls, block: nn.Module, recompute: bool) -> "FusedResnetBlock":
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
-        # A known class tells its sizes, whatever replaced its parts; another class's parts are what was checked.
+        # A known class has its sizes as attributes, whatever replaced its parts. Another class's parts were checked.
         known = type(block) in KNOWN_CLASSES
         fused.in_channels = block.in_channels if known else block.norm1.num_channels
         fused.out_channels = block.out_channels if known else block.norm2.num_channels
@@ -111,8 +111,10 @@ class FusedResnetBlock(reference.ResnetBlock):
 
 
 class StandIn(FusedResnetBlock):
-    """Stands in for a block whose class takes other arguments, under that class's names; where one is not what it is by
-    default, that block runs."""
+    """Stands in for a block whose class takes other arguments, under that class's names.
+
+    Where one of these is not its default, the block itself runs.
+    """
 
     def forward(self, *args, **kwargs):
         bound = self._call.bind(args, kwargs)

@@ -25,7 +25,7 @@ except ImportError as error:
 
 group_norm_act = torch.ops.ldm_fused.group_norm_act.default
 group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
-# Without a fake kernel, so that whatever is no plain tensor is refused.
+# It has no fake kernel, and so refuses whatever is no plain tensor.
 group_norm_act_inference = torch.ops.ldm_fused.group_norm_act_inference.default
 
 bias_add_residual = torch.ops.ldm_fused.bias_add_residual.default
@@ -177,7 +177,7 @@ def has_autocast(device_type: str) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether ``torch.func`` or forward-mode AD looks on, for which an op with an autograd formula alone is opaque."""
+    """Whether ``torch.func`` or forward-mode AD is active. Neither sees into an op with an autograd formula alone."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -185,7 +185,7 @@ def in_transform() -> bool:
 
 
 def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
-    """Of the tensor's size only x is kept."""
+    """Keeps nothing of the tensor's size but x."""
     ctx.save_for_backward(*a.tensors, mean, rstd, a.dropout_seed)
     ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype, a.dropout_p)
     if a.dropout_seed is not None:  # its mask goes by places in memory, which hooks on saved tensors may change
@@ -233,7 +233,7 @@ def below_autograd(op, *arguments):
 
 
 class GroupNormAct(torch.autograd.Function):
-    """The op for eager mode, around the kernels: a third of the dispatch cost of the registered autograd formula."""
+    """The op in eager mode. It calls the kernels itself, at a third of the registered formula's dispatch cost."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -247,8 +247,8 @@ class GroupNormAct(torch.autograd.Function):
 
 
 class GroupNormActAndShortcut(torch.autograd.Function):
-    """The op in eager mode, and x itself for a shortcut, whose gradient is added to dx in the same kernel. Autograd
-    would read both and write the sum."""
+    """The op in eager mode, and x itself for a shortcut. The backward kernel adds the shortcut's gradient to dx, where
+    autograd would read both and write the sum."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -265,7 +265,7 @@ class GroupNormActAndShortcut(torch.autograd.Function):
 
 
 class Op(NamedTuple):
-    """The ways to one result: from PyTorch ops, of checked arguments; by the registered op; in eager mode."""
+    """Three ways to one result from checked arguments: PyTorch ops, the registered op, and eager mode's Function."""
 
     composed: Callable
     registered: Callable
@@ -291,7 +291,7 @@ torch.library.register_autograd("ldm_fused::group_norm_act", _backward, setup_co
 
 
 def _residual_setup(ctx, inputs, output):
-    """Nothing of the tensor's size is kept."""
+    """Keeps nothing of the tensor's size."""
     _, _, bias, residual_bias, scale = inputs
     ctx.constants = *(None if b is None else b.dtype for b in (bias, residual_bias)), scale
 
@@ -312,7 +312,7 @@ def _residual_backward(ctx, dy):
 
 
 class BiasAddResidual(torch.autograd.Function):
-    """bias_add_residual for eager mode, as GroupNormAct is."""
+    """bias_add_residual in eager mode, where it calls the kernels itself."""
 
     @staticmethod
     def forward(ctx, *arguments):

@@ -1,4 +1,4 @@
-"""What an adapter is: how ``patch`` fuses the instances of a class. And which class has which."""
+"""Adapters, which say how ``patch`` fuses the instances of a class, and the registry of users' own."""
 
 import sys
 from types import ModuleType
@@ -16,7 +16,7 @@ STATE = "_ldm_fused"
 
 
 def sites(module: nn.Module) -> Tuple[Any, ...]:
-    """The :class:`ldm_fused.patching.swap.Site` of each norm of a patched module, in its adapter's order."""
+    """A :class:`ldm_fused.patching.swap.Site` for each norm of a patched module, in its adapter's order."""
     return module.__dict__[STATE].sites
 
 
@@ -55,7 +55,7 @@ class Adapter:
         return {}
 
     def variant(self, module: nn.Module) -> Hashable:
-        """What decides, beside sizes, what the class's forward does: one instance of each variant is tried."""
+        """Whatever makes the class's forward differ between instances, sizes aside. One of each variant is tried."""
         simple = (bool, int, float, str, type(None))
         attributes = tuple((k, v) for k, v in sorted(vars(module).items())
                            if k[0] != "_" and k != "training" and isinstance(v, simple))
@@ -66,7 +66,7 @@ class Adapter:
         raise NotImplementedError
 
     def examples(self, module: nn.Module) -> List[Tuple[Any, ...]]:
-        """All arguments that are tried, where there are several ways to call it."""
+        """The arguments of every trial, where the module can be called in several ways."""
         example = self.example(module)
         return [] if example is None else [example]
 

@@ -114,7 +114,7 @@ class Parent(Adapter):
         return {self.norm: Norm(), self.act: Act()}
 
     def example(self, parent: nn.Module):
-        return None  # it may be a whole model: what is pending at its end tells whether it is right
+        return None  # it may be a whole model; each call checks that the activation was called
 
     def variant(self, parent: nn.Module):
         return None
@@ -148,8 +148,8 @@ class Parent(Adapter):
 class ParentOfFunction(Parent):
     """The same where the activation is a global function, such as ``nonlinearity`` or ``F.silu``.
 
-    The class's forward runs with that one name meaning a function that passes on what is activated already. A compiler
-    goes by the file: for it the forward runs unchanged, and the norm alone is fused.
+    The class's forward runs with that one name bound to a function that passes on what is activated already. A compiler
+    reads the forward's file, so while compiling it runs unchanged, and the norm alone is fused.
     """
 
     def activation_obstacle(self, parent: nn.Module) -> Optional[str]:

@@ -1,7 +1,7 @@
-"""One file a library: its classes, by where they are defined, and their adapters.
+"""Adapters of libraries' classes, one file a library. A class is found by the path of its definition.
 
-Only classes stand here whose forward says more than a formula. Each is tried (trial.py), for libraries change, and
-forks keep the names.
+Only classes whose forward says more than a formula are listed. Each is tried (trial.py): libraries change, and forks
+keep the names.
 """
 
 from typing import Dict
