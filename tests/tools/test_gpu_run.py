@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_gpu_summary import result
 
 from tools import gpu, gpu_summary
 
