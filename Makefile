@@ -5,7 +5,7 @@ PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis setuptools whee
 
 INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
     einops==0.8.2 numpy pytest
-# Without what it asks for: the file of blocks that is tested needs none of it.
+# Installed without its dependencies: the file of blocks that is tested needs none of them.
 INTEGRATIONS_ALONE := taming-transformers==0.0.1
 
 ifdef PYTHON
@@ -25,7 +25,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 OUT ?= build/gpu
 STAGE := correct time
 DEVICES := H200 A100 'RTX 4090' T4
-# Those that run on the emulated device that is set; the others are the same on each.
+# The tests whose result depends on the emulated device. The others are the same on each.
 DEVICE_TESTS = emulated or test_cuda_kernels and not tier and not order and not workload and not every_device
 
 .PHONY: help build test test-integrations devices sanitize bench gpu traffic predict sass mutants check-all clean toolkit
@@ -40,7 +40,7 @@ help: ## this list
 test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
 
-# A conftest.py of their own, for tests' builds the emulator.
+# They have a conftest.py of their own, since that of tests/ is for the emulator.
 test-integrations: build $(READY_INTEGRATIONS) ## test ldm_fused.patch on diffusers, accelerate, PEFT, MONAI and taming
 	.venv-integrations/bin/python -m pytest --confcutdir tests/integrations tests/integrations $(ARGS)
 

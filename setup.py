@@ -43,7 +43,7 @@ def output(*command):
 
 
 def toolkits():
-    """The folders a CUDA toolkit may be in; one that the user names is the only one."""
+    """The folders in which a CUDA toolkit may be. One that the user names is the only one."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         return [named]

@@ -85,8 +85,8 @@ def chosen(args) -> List[Row]:
 
 
 def suites_in_turn(rows: List[Row]) -> List[Row]:
-    """One dtype after the other, in it the first case of every suite, then the second of every suite, and so on. A
-    sample has an order of its own."""
+    """Orders the cases by dtype, and takes the suites in turns: the first case of each, then the second of each, and so
+    on. A sample keeps its own order."""
     seen: Dict[Tuple, int] = collections.Counter()
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     turns = {}
@@ -111,7 +111,7 @@ def is_overview(args) -> bool:
 
 
 def needed_bytes(row: Row) -> int:
-    """Roughly what a case holds at its worst: the float64 oracle beside the provider that is compared with it."""
+    """A rough bound of a case's memory in bytes: the float64 oracle and the provider that is compared with it."""
     oracle, own = (7 * 8, 4 * row.itemsize) if row.mode == "forward" else (12 * 8, 12 * row.itemsize)
     return row.workload.numel * (oracle + own) * (2 if row.level == "block" else 1)
 
@@ -147,7 +147,7 @@ def check_and_time(row: Row, args, progress: Progress) -> None:
 
 
 def providers_of(row: Row, args) -> List[str]:
-    """Those asked for that have what the row is about."""
+    """The providers that were asked for and have what the row compares."""
     return [name for name in args.providers if row.level == "op" or providers.PROVIDERS[name].block]
 
 

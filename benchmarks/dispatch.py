@@ -38,7 +38,7 @@ EMULATED = {name: getattr(emulated, name) for name in OPS}
 
 
 def training(f):
-    """f, and the gradients of all that it is given."""
+    """A function that calls f and computes the gradients of all its arguments."""
     def step(x, weight, bias):
         y = f(x, weight, bias)
         y.backward(torch.ones_like(y))

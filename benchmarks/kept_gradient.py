@@ -28,7 +28,7 @@ def gradient(f, x, dy):
 
 
 def errors(shape, dtype):
-    """Of dz exact, dz rounded, F.silu(F.group_norm) and the reference as written."""
+    """The errors of dx with an exact dz, with a rounded dz, by F.silu(F.group_norm) and by the reference."""
     x, dy = torch.randn(2, *shape).to(dtype)
     weight, bias = (1 + 0.2 * torch.randn(shape[1])).to(dtype), (0.2 * torch.randn(shape[1])).to(dtype)
     wide = [t.double() for t in (weight, bias)]

@@ -116,9 +116,11 @@ def proc_fields(path: str) -> Dict[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc hand freed memory out again rather than back to the system: whether a call pays the page faults of
-    fresh memory is otherwise a matter of what was freed before it. Tensors of 32 MiB and more pay them always: that is
-    the most that glibc lets one ask for."""
+    """Makes glibc keep freed memory and hand it out again.
+
+    Otherwise it depends on what was freed before whether a call pays the page faults of fresh memory. Tensors of 32 MiB
+    and more always pay them: glibc keeps no larger pieces.
+    """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt

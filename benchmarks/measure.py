@@ -86,15 +86,15 @@ def backward_runner(contender: Contender) -> Callable[..., object]:
 
 
 def compiled_for(mode: str):
-    """A context for all calls of what torch.compile compiles. By itself it writes gradients over what was kept for the
-    backward pass, which then runs only once."""
+    """A context for all calls of compiled code, in which a backward pass can run more than once: by default
+    torch.compile writes gradients over what was kept for it."""
     if mode != "backward":
         return contextlib.nullcontext()
     return torch._functorch.config.patch(donated_buffer=False)
 
 
 def results(contender: Contender, mode: str, inputs: Inputs) -> List[Tensor]:
-    """y, and but for the forward pass also dx and the gradient of each parameter."""
+    """y, followed by dx and the gradient of each parameter unless `mode` is the forward pass."""
     if mode == "forward":
         with torch.no_grad():
             return [contender.call(inputs[0])]
@@ -119,8 +119,8 @@ def error(got: Tensor, oracle: Tensor, scale: float) -> float:
 
 
 def errors(got: Sequence[Tensor], oracle: Sequence[Tensor]) -> List[float]:
-    """Of y and dx relative to their largest values; of the parameters' gradients relative to the largest of them all,
-    since some of them vanish but for rounding (a bias in front of a norm over single channels)."""
+    """The errors of y and dx are relative to their largest values. Those of the parameters' gradients are relative to
+    the largest of them all, since some vanish but for rounding (a bias in front of a norm over single channels)."""
     shared = max(map(largest, oracle[2:]), default=0.0)
     scales = [largest(o) for o in oracle[:2]] + [shared] * len(oracle[2:])
     return [error(*each) for each in zip(got, oracle, scales, strict=True)]
@@ -191,8 +191,11 @@ class Timing:
         return measured and measured.median / (self.replayed if clock == "device" else 1)
 
     def interval(self, clock: str) -> Optional[Tuple[float, float]]:
-        """In which the median lies with 95 % confidence, whatever the distribution: between two of the times in their
-        order, for how many of them are below the median is binomial. All of them, if they are few."""
+        """The interval in which the median lies with 95 % confidence, whatever the distribution.
+
+        How many times are below the median is binomial, so the interval's ends are two of the sorted times. Of few
+        times it spans all.
+        """
         measured = getattr(self, clock)
         if not measured:
             return None

@@ -85,7 +85,7 @@ PROVIDERS: Dict[str, Provider] = {
     ),
     "again": Provider(ldm_fused.group_norm_act, ldm_fused.FusedResnetBlock, ldm_fused.GroupNormSiLU),
 }
-# Whatever fails in these is theirs.
+# A failure of one of these is not ours.
 OTHERS = ("compile", "cooperative", "triton")
 
 

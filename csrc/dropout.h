@@ -3,7 +3,7 @@
 //
 // The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by the
 // seed. Counter i gives 128 bits, 16 for each of the elements 8 i to 8 i + 7, which meet a probability to 2^-17. 32
-// would take twice the multiplications, an estimate of which speaks against them (benchmarks/NOTES.md).
+// would take twice the multiplications; an estimate speaks against them (benchmarks/NOTES.md).
 #pragma once
 
 #include "dtypes.h"
@@ -34,7 +34,7 @@ constexpr uint32_t kPhiloxFactor[] = {0xD2511F53, 0xCD9E8D57}, kPhiloxWeyl[] = {
 struct RandomBits {
   uint32_t words[4];
 
-  // Of the counter's i-th element. By choices, since a GPU's registers have no index.
+  // The bits of the counter's i-th element. They are chosen by conditions, since a GPU's registers have no index.
   LDM_FUSED_HD uint32_t of(int i) const {
     const uint32_t first = i < 2 ? words[0] : words[1], second = i < 6 ? words[2] : words[3];
     return (i < 4 ? first : second) >> (i % 2 * 16) & 0xffff;

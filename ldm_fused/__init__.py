@@ -1,5 +1,7 @@
 """Fused GroupNorm + SiLU (swish) and ResNet blocks for latent diffusion models."""
 
+import torch
+
 from . import ops, reference
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
@@ -41,8 +43,6 @@ def build_info() -> dict:
         environment variable ``LDM_FUSED_CPU_ISA`` chooses one); ``cuda``, the toolkit's version, or None in a build
         without CUDA kernels; ``cuda_archs``, a list such as ``["8.0", "9.0"]``.
     """
-    import torch
-
     info = ops._C.build_info()
     info["torch"] = torch.__version__
     info["cpu_isas"] = info["cpu_isas"].split(";")

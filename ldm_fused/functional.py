@@ -140,10 +140,10 @@ def route(op: ops.Op, a):
 
 
 def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
-    """The op where nothing has to be differentiated and no dtype be cast, or None where that is not so.
+    """The op where nothing has to be differentiated and no dtype has to be cast; None elsewhere.
 
     The checks of :func:`checked` cost half as much as a small GroupNorm. So here the op itself refuses whatever they
-    would, and they are made only then, to say what is wrong.
+    would refuse. They run only after that, to say what is wrong.
     """
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (x.is_cpu or _is_plain_cuda(x)):
         return None
@@ -172,7 +172,7 @@ def _is_plain_cuda(x: Tensor) -> bool:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether the ops have kernels where x lives; else they are composed of PyTorch ops."""
+    """Whether the ops have kernels for x's device. Elsewhere they are composed of PyTorch ops."""
     kind = x.device.type
     return kind in _KERNEL_DEVICES and (kind != "cuda" or ops.has_cuda_code(x.get_device()))
 
@@ -252,9 +252,9 @@ def _warn_without_kernels(device: torch.device) -> None:
 
 
 def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype) -> ops.Arguments:
-    """The op's arguments, or the exception that a bad one deserves, before anything is written.
+    """The op's arguments, checked before anything is written.
 
-    The types of exceptions are those of ``F.group_norm``, odd as some are.
+    Raises what ``F.group_norm`` raises for a bad argument, odd as some of these types are.
     """
     _check_input(x)
     shape, dtype, device = x.shape, x.dtype, x.device

@@ -67,9 +67,9 @@ class FusedResnetBlock(reference.ResnetBlock):
         Raises:
             UnsupportedBlock: with the reason.
         """
-        reason = bypass.why_instance_differs(block)
+        reason = bypass.instance_obstacle(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
-            reason = why_not_structure(block) or why_not_formula(block) or trial.difference(block, BLOCK)
+            reason = structure_obstacle(block) or formula_obstacle(block) or trial.difference(block, BLOCK)
         if reason is not None:
             raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
         if type(block) not in KNOWN_CLASSES and not _takes_x_and_temb(type(block)):
@@ -82,7 +82,7 @@ class FusedResnetBlock(reference.ResnetBlock):
     def _sharing(cls, block: nn.Module, recompute: bool) -> "FusedResnetBlock":
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
-        # A known class tells its sizes, whatever replaced its parts; another class's parts are what was checked.
+        # A known class has its sizes as attributes, whatever replaced its parts. Another class's parts were checked.
         known = type(block) in KNOWN_CLASSES
         fused.in_channels = block.in_channels if known else block.norm1.num_channels
         fused.out_channels = block.out_channels if known else block.norm2.num_channels
@@ -111,8 +111,10 @@ class FusedResnetBlock(reference.ResnetBlock):
 
 
 class StandIn(FusedResnetBlock):
-    """Stands in for a block whose class takes other arguments, under that class's names; where one is not what it is by
-    default, that block runs."""
+    """Stands in for a block whose class takes other arguments, under that class's names.
+
+    Where one of these is not its default, the block itself runs.
+    """
 
     def forward(self, *args, **kwargs):
         bound = self._call.bind(args, kwargs)
@@ -132,7 +134,7 @@ KNOWN_CLASSES = {reference.ResnetBlock, FusedResnetBlock}
 # ---- from_module -----------------------------------------------------------------------------------------------
 
 
-def why_not_structure(block: nn.Module) -> Optional[str]:
+def structure_obstacle(block: nn.Module) -> Optional[str]:
     """The reason why ``block`` is not made of exactly the reference block's parts, or None."""
     children = dict(block._modules)
     shortcuts = {"nin_shortcut": 1, "conv_shortcut": 3}
@@ -144,7 +146,7 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
     for name, child in children.items():
         if name not in expected:
             return f"it has another submodule, {name}"
-        reason = bypass.why_not(child, expected[name])
+        reason = bypass.module_obstacle(child, expected[name])
         if reason is not None:
             return f"{name}: {reason}"
     if any(True for _ in block.parameters(recurse=False)) or any(True for _ in block.buffers()):
@@ -164,7 +166,7 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
     return None
 
 
-def why_not_formula(block: nn.Module) -> Optional[str]:
+def formula_obstacle(block: nn.Module) -> Optional[str]:
     """The reason why ``block``'s forward is not the reference block's, or None."""
     try:
         read = read_block.read(block)

@@ -7,7 +7,7 @@ users come through.
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ except ImportError as error:
 
 group_norm_act = torch.ops.ldm_fused.group_norm_act.default
 group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
-# Without a fake kernel, so that whatever is no plain tensor is refused.
+# It has no fake kernel, and so refuses whatever is no plain tensor.
 group_norm_act_inference = torch.ops.ldm_fused.group_norm_act_inference.default
 
 bias_add_residual = torch.ops.ldm_fused.bias_add_residual.default
@@ -109,21 +109,21 @@ class Arguments(NamedTuple):
     dropout_p: float = 0.0
 
     @property
-    def tensors(self):
-        """What has a gradient, in the order of the backward op's outputs."""
-        return self.x, self.weight, self.bias, self.pre_bias, self.scale, self.shift
+    def tensors(self) -> List[Optional[Tensor]]:
+        """The arguments that have a gradient."""
+        return [self[i] for i in _PLACES]
 
     @property
-    def requires_grad(self):
-        for t in self.tensors:  # a loop, which is the cheapest way to ask in every call
+    def requires_grad(self) -> bool:
+        for i in _PLACES:  # a loop, which is the cheapest way to ask in every call
+            t = self[i]
             if t is not None and t.requires_grad:
                 return True
         return False
 
-    @staticmethod
-    def gradients(dx, dweight, dbias, dpre_bias, dscale, dshift):
-        """A gradient for each argument, as autograd wants them."""
-        return dx, None, dweight, dbias, None, None, dpre_bias, dscale, dshift, None, None, None
+
+# Where the arguments stand that have a gradient, in the order of the backward op's outputs.
+_PLACES = tuple(Arguments._fields.index(name) for name in ("x", "weight", "bias", "pre_bias", "scale", "shift"))
 
 
 class ResidualArguments(NamedTuple):
@@ -136,7 +136,7 @@ class ResidualArguments(NamedTuple):
     scale: float
 
     @property
-    def requires_grad(self):
+    def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for t in self[:4])
 
 
@@ -177,7 +177,7 @@ def has_autocast(device_type: str) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether ``torch.func`` or forward-mode AD looks on, for which an op with an autograd formula alone is opaque."""
+    """Whether ``torch.func`` or forward-mode AD is active. Neither sees into an op with an autograd formula alone."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -185,23 +185,21 @@ def in_transform() -> bool:
 
 
 def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
-    """Of the tensor's size only x is kept."""
+    """Keeps nothing of the tensor's size but x."""
     ctx.save_for_backward(*a.tensors, mean, rstd, a.dropout_seed)
     ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype, a.dropout_p)
     if a.dropout_seed is not None:  # its mask goes by places in memory, which hooks on saved tensors may change
         ctx.memory_format = _memory_format(a.x)
 
 
-def backward(ctx, dy: Tensor, needs: Sequence[bool], dx_shortcut: Optional[Tensor] = None):
-    """A gradient for each argument of the op; ``needs`` says which, for :attr:`Arguments.tensors`.
-
-    ``dx_shortcut``, the shortcut's gradient, is added to the first.
-    """
-    x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = ctx.saved_tensors
+def backward(ctx, dy: Tensor, dx_shortcut: Optional[Tensor] = None):
+    """A gradient for each argument of the op that needs one. The shortcut's, ``dx_shortcut``, is added to x's."""
+    saved, asked = ctx.saved_tensors, ctx.needs_input_grad
+    x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = saved
     num_groups, eps, silu, out_dtype, dropout_p = ctx.constants
     if dropout_seed is not None:
         x = x.contiguous(memory_format=ctx.memory_format)
-    needs = [need and t is not None for need, t in zip(needs, (x, weight, bias, pre_bias, scale, shift))]
+    needs = [asked[i] and t is not None for i, t in zip(_PLACES, saved)]
     if torch.is_grad_enabled() or in_transform():  # the gradients must themselves be differentiable
         # Views, which nothing else depends on: arguments may depend on each other, be the same, or have hooks.
         with torch.enable_grad():
@@ -215,13 +213,17 @@ def backward(ctx, dy: Tensor, needs: Sequence[bool], dx_shortcut: Optional[Tenso
         outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs,
                                           dx_shortcut, dropout_seed, dropout_p)
         found = [g for g, need in zip(outputs, needs) if need]
-    found = iter(found)
-    return Arguments.gradients(*(next(found) if need else None for need in needs))
+    return _gradients(needs, found)
 
 
-def _needs(ctx):
-    grads = ctx.needs_input_grad
-    return grads[0], grads[2], grads[3], grads[6], grads[7], grads[8]
+def _gradients(needs: List[bool], found: List[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    """What autograd wants: for each argument its gradient, of those that were ``found``, or None."""
+    gradients: List[Optional[Tensor]] = [None] * len(Arguments._fields)
+    following = iter(found)
+    for i, need in zip(_PLACES, needs):
+        if need:
+            gradients[i] = next(following)
+    return tuple(gradients)
 
 
 def below_autograd(op, *arguments):
@@ -231,7 +233,7 @@ def below_autograd(op, *arguments):
 
 
 class GroupNormAct(torch.autograd.Function):
-    """The op for eager mode, around the kernels: a third of the dispatch cost of the registered autograd formula."""
+    """The op in eager mode. It calls the kernels itself, at a third of the registered formula's dispatch cost."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -241,12 +243,12 @@ class GroupNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return backward(ctx, dy, _needs(ctx))
+        return backward(ctx, dy)
 
 
 class GroupNormActAndShortcut(torch.autograd.Function):
-    """The op in eager mode, and x itself for a shortcut, whose gradient is added to dx in the same kernel. Autograd
-    would read both and write the sum."""
+    """The op in eager mode, and x itself for a shortcut. The backward kernel adds the shortcut's gradient to dx, where
+    autograd would read both and write the sum."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -258,12 +260,12 @@ class GroupNormActAndShortcut(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dx_shortcut):
         if dy is None:
-            return Arguments.gradients(dx_shortcut, *[None] * 5)
-        return backward(ctx, dy, _needs(ctx), dx_shortcut)
+            return _gradients([True], [dx_shortcut])
+        return backward(ctx, dy, dx_shortcut)
 
 
 class Op(NamedTuple):
-    """The ways to one result: from PyTorch ops, of checked arguments; by the registered op; in eager mode."""
+    """Three ways to one result from checked arguments: PyTorch ops, the registered op, and eager mode's Function."""
 
     composed: Callable
     registered: Callable
@@ -282,14 +284,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dmean, drstd):
-    return backward(ctx, dy, _needs(ctx))
+    return backward(ctx, dy)
 
 
 torch.library.register_autograd("ldm_fused::group_norm_act", _backward, setup_context=_setup_context)
 
 
 def _residual_setup(ctx, inputs, output):
-    """Nothing of the tensor's size is kept."""
+    """Keeps nothing of the tensor's size."""
     _, _, bias, residual_bias, scale = inputs
     ctx.constants = *(None if b is None else b.dtype for b in (bias, residual_bias)), scale
 
@@ -310,7 +312,7 @@ def _residual_backward(ctx, dy):
 
 
 class BiasAddResidual(torch.autograd.Function):
-    """bias_add_residual for eager mode, as GroupNormAct is."""
+    """bias_add_residual in eager mode, where it calls the kernels itself."""
 
     @staticmethod
     def forward(ctx, *arguments):

@@ -1,7 +1,7 @@
 """What all ResNet blocks have in common: norm, swish, convolution, norm, swish, dropout, convolution, plus a shortcut.
 
-Each part is bypassed only while it is pristine (:mod:`ldm_fused.bypass`), which is looked at in every call, and
-called as a module otherwise.
+Each part is bypassed only while it is pristine (:mod:`ldm_fused.bypass`), and called as a module otherwise. Every call
+looks at that anew.
 """
 
 from typing import Any, Callable, NamedTuple, Optional, Tuple
@@ -131,9 +131,9 @@ def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[fl
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
         return 0.0
-    if type(dropout) is nn.Identity and bypass.why_not(dropout, nn.Identity) is None:
+    if type(dropout) is nn.Identity and bypass.module_obstacle(dropout, nn.Identity) is None:
         return 0.0
-    if not isinstance(dropout, nn.Module) or bypass.why_not(dropout, nn.Dropout) is not None:
+    if not isinstance(dropout, nn.Module) or bypass.module_obstacle(dropout, nn.Dropout) is not None:
         return None
     return dropout.p if dropout.training else 0.0
 
@@ -153,20 +153,20 @@ def norm_swish(
     dropout_p: float = 0.0,
     count: Count = not_counted,
 ) -> Tuple[Tensor, Tensor]:
-    """``dropout(swish(norm(x + conv_bias + pre_bias) * (1 + scale) + shift))``, in one op if ``norm`` is pristine, else
-    by calling it; and x, which whoever else reads it takes from here: with ``shortcut`` its gradient is then added in
-    norm's backward pass, and there is no dropout.
+    """``dropout(swish(norm(x + conv_bias + pre_bias) * (1 + scale) + shift))``, and x for a shortcut.
 
-    ``pre_bias`` is (N, C), ``conv_bias`` what the convolution before has left out, ``scale`` and ``shift`` (N, C).
-    ``act`` is the module that computes swish, where it is one. ``called`` is what calls a norm that computes ``scale``
-    and ``shift`` itself. ``into`` is the convolution that takes the result: under autocast the op stores right in the
-    dtype that a plain convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or
-    None.
+    One op computes it if ``norm`` is pristine, else ``norm`` is called. With ``shortcut``, norm's backward pass adds
+    the gradient of the returned x, and there is no dropout.
+
+    ``pre_bias``, ``scale`` and ``shift`` are (N, C). ``conv_bias`` is what the convolution before has left out. ``act``
+    is the module that computes swish, where one does. ``called`` calls a norm that computes ``scale`` and ``shift``
+    itself. ``into`` is the convolution that takes the result: under autocast the op stores in the dtype that a plain
+    convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or None.
     """
     if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):
         # Promoted or broadcast, as PyTorch does it.
         x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None
-    reason = decided(_why_not_norm_swish, norm, x, scale, shift, act)
+    reason = decided(_norm_swish_obstacle, norm, x, scale, shift, act)
     if reason is not None:
         x = _with_biases(x, conv_bias, pre_bias)
     count(x, reason)
@@ -201,12 +201,12 @@ def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tens
     return x if pre_bias is None else x + reference.per_channel(pre_bias, x)
 
 
-def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
-    reason = bypass.why_not_norm(norm, x)
+def _norm_swish_obstacle(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
+    reason = bypass.norm_obstacle(norm, x)
     if reason is not None:
         return reason
     if act is not None:
-        reason = bypass.why_not_activation(act)
+        reason = bypass.activation_obstacle(act)
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):

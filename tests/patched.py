@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ldm_fused
+from ldm_fused import reference
 from ldm_fused.patching import swap
 
 
@@ -72,3 +73,22 @@ class TwoNorms(nn.Module):
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class Model(nn.Module):
+    """Two blocks, a norm that stands alone, and an end of norm, activation and convolution."""
+
+    def __init__(self, block=reference.ResnetBlock):
+        super().__init__()
+        self.first = block(in_channels=32, out_channels=64, dropout=0.1, temb_channels=24)
+        self.norm = nn.GroupNorm(8, 64)
+        self.second = block(in_channels=64, dropout=0.0, temb_channels=24)
+        self.out = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), nn.Conv2d(64, 3, 3, padding=1))
+
+    def forward(self, x, temb):
+        h = self.norm(self.first(x, temb))
+        return self.out(self.second(h, temb))
+
+
+def inputs(dtype=torch.float64):
+    return random(2, 32, 8, 6, dtype=dtype), random(2, 24, dtype=dtype)

@@ -297,7 +297,7 @@ def test_barrier_made_by_hand_needs_all_blocks_at_once(ordered):
         ("writes_what_others_read", 1, r"race: (writes what several threads reads|reads what)"),
         ("plain_beside_atomic", 1, r"race: writes what thread"),
         ("spins", 1, r"spins without letting other threads run"),
-        ("copies_from_shared", 1, r"asynchronous copy at \S+selftest.cpp:\d+ whose source is not global memory"),
+        ("copies_from_shared", 1, r"asynchronous copy at \S+wrong_kernels.cuh:\d+ whose source is not global memory"),
         ("copies_to_global", 1, r"asynchronous copy at \S+ whose destination is not the block's shared memory"),
         ("copies_past_global", 1, r"access of 4 bytes.* is out of bounds: it ends 4 bytes past an array of 32"),
         ("reads_what_was_there", 1, r"reads what an asynchronous copy of thread \S+ is still to write"),
@@ -313,7 +313,7 @@ def test_wrong_access_is_reported(ordered, kernel, grid, message):
 
 @watched
 def test_report_names_the_line(emulator):
-    with pytest.raises(RuntimeError, match=r"at \S*emulator_selftest.cpp:\d+"):
+    with pytest.raises(RuntimeError, match=r"at \S*wrong_kernels.cuh:\d+"):
         emulator.launch("all_write_one")
 
 

@@ -108,7 +108,7 @@ class Flow:
         self.everything = set(range(len(self.after)))
 
     def cycles(self, within):
-        """Disjoint: the largest sets of instructions that can all run again after each other."""
+        """The largest sets of instructions that can all run again after each other. They are disjoint."""
         found = []
         for head in sorted({j for i in within for j in self.after[i] if j <= i}):  # somewhere each cycle goes back
             if head in within and not any(head in cycle for cycle in found):
@@ -117,7 +117,7 @@ class Flow:
         return found
 
     def loops(self, within=None):
-        """The outermost ones."""
+        """The outermost loops."""
         found = []
         for body in self.cycles(self.everything if within is None else within):
             entries = {i for i in body if set(self.before[i]) - body} or {min(body)}

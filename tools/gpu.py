@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A GPU run in two parts of four minutes, `correct` and `time`: tests or times, and writes down what came of it."""
+"""Runs on a GPU in two parts of four minutes, `correct` and `time`, and writes down the results of each."""
 
 import argparse
 import contextlib
@@ -141,7 +141,7 @@ class Run:
         return self.start(name, [sys.executable, *arguments], limit, **environment)
 
     def wait(self, *jobs: Job, look: Callable[[], None] = lambda: None) -> None:
-        """Until all of them have ended; `look` brings `data` up to date before it is written."""
+        """Waits until all of them have ended. `look` brings `data` up to date before it is written."""
         while any([job.running() for job in jobs]):
             if time.monotonic() - self.written > WRITE:
                 look()
@@ -176,7 +176,7 @@ class Run:
 
 
 def describe(device: str) -> dict:
-    """Where the results come from; of the GPU what nvidia-smi says."""
+    """The machine, the versions and the commit; nvidia-smi describes the GPU."""
     import torch
 
     from benchmarks import machine

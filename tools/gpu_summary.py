@@ -1,4 +1,4 @@
-"""The page that gpu.py writes, in Markdown: from run.json, timings.json and decoder.json alone."""
+"""Writes the page that sums up a GPU run, in Markdown, from run.json, timings.json and decoder.json alone."""
 
 import collections
 import itertools
@@ -74,12 +74,12 @@ def tests(found: Optional[dict]) -> str:
 
 
 def some(lines: List[str], most: int = 10) -> List[str]:
-    """The first of them: it is to be one page."""
+    """Keeps the first of them, so that all fits one page."""
     return lines if len(lines) <= most else [*lines[:most], f"- and {len(lines) - most} more such lines, in run.json"]
 
 
 def counted(things: Iterable[str]) -> Dict[str, int]:
-    """How often there is each, the most frequent first."""
+    """Counts each, the most frequent first."""
     return dict(collections.Counter(things).most_common())
 
 

@@ -1,4 +1,4 @@
-"""What the commands of gpu.py come to: from what tests wrote down and from what tools printed to a status and why."""
+"""The verdicts on gpu.py's commands: a status and a reason, from what tests wrote down and what tools printed."""
 
 import json
 import re
@@ -13,7 +13,7 @@ def worst(statuses) -> str:
 
 
 def totals(records: List[str]) -> dict:
-    """From what the parts wrote down: the counts, those of tests that used the GPU, and what failed."""
+    """Adds up what the parts wrote down: the counts, those of tests that used the GPU, and what failed."""
     outcomes, whys, on_gpu, lost, interrupted = {}, {}, set(), [], []
     for record in records:
         chosen = []
@@ -45,7 +45,7 @@ def totals(records: List[str]) -> dict:
 
 
 def judged(found: dict, device: str) -> List[str]:
-    """Why such totals are no pass."""
+    """The reasons why such totals are no pass."""
     lost = len(found["without_outcome"])
     reasons = {
         f"{found['failed']} failed": found["failed"],
@@ -57,8 +57,8 @@ def judged(found: dict, device: str) -> List[str]:
 
 
 def sanitized(log: str, status: str, sign: str = "") -> dict:
-    """What the output of a tool comes to: status, number of errors, and why. With `sign`, a pattern, the run has a
-    mistake in it, and passes if the tool says so."""
+    """The verdict on a tool's output: status, number of errors, and why. With `sign`, a pattern, the run contains a
+    mistake, and passes only if the tool reports it."""
 
     def verdict(status: str, why: str) -> dict:
         return {"status": status, "errors": errors, "why": why}

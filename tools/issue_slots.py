@@ -95,7 +95,7 @@ def tensors_of(name):
 
 @dataclass
 class Cost:
-    """Of an element."""
+    """What a kernel issues for an element, by its phases."""
     tensors: Tensors
     phases: dict = field(default_factory=dict)  # {name: Phase}
     again: dict = field(default_factory=dict)  # the same of what is not kept on the chip
@@ -113,7 +113,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Phase:
-    """Of an element, but for the last two."""
+    """What one phase issues for an element; the last two fields are of its loop."""
     instructions: float
     mufu: float
     exponentials: float
@@ -122,7 +122,7 @@ class Phase:
 
 
 def enter_phase(way, tensors, asynchronous):
-    """Sets what a way does and of how many elements; none for one that moves nothing of the tensors."""
+    """Sets which phase a way belongs to and how many elements it moves: none where it moves nothing of the tensors."""
     loaded = way.of("LDS") or way.of("LDG")
     # An architecture without asynchronous copies loads and stores.
     copied = way.of("LDGSTS") if asynchronous else 0 if way.of("LDS") else way.of("STS")

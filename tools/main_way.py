@@ -27,7 +27,10 @@ FLOATS = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FMNMX": 1, "HADD2": 2, "HMUL2": 2, "
 
 
 def registers(instruction):
-    """The numbers of those that it writes and of those that it reads: of a vector all, of a pair both if it shows."""
+    """The numbers of the registers that an instruction writes, and of those that it reads.
+
+    Of a vector these are all; of a pair both, where the instruction shows that it is one.
+    """
     parts = instruction.opcode.split(".")
     width = 4 if "128" in parts else 2 if {"64", "WIDE", "F64"} & set(parts) or parts[0] in PAIRS else 1
     operands = [each.strip() for each in instruction.operands.split(",")]

@@ -117,7 +117,7 @@ class Machine:
         self.estimates = estimates
 
     def compute(self, phase, elements, warps):
-        """Of one multiprocessor."""
+        """The Terms of what one multiprocessor computes."""
         turns = elements / (32 * warps) / phase.elements  # of each warp, one after the other
         issued = phase.elements * phase.instructions  # at one a cycle
         cycles = max(issued, phase.in_a_row * CHAIN) if phase.in_a_row > 1 else issued + phase.in_a_row * CHAIN
@@ -133,7 +133,7 @@ class Machine:
         return Terms(bytes=moved / (self.processors * self.clock * BYTES_PER_CYCLE / 2))
 
     def starve(self, moved, in_flight):
-        """Beyond its time at copy bandwidth, where only so many bytes of a multiprocessor are in flight."""
+        """The time beyond that at copy bandwidth, where a multiprocessor has only so many bytes in flight."""
         trips = moved / (self.processors * in_flight)
         return Terms(latency=max(0, trips * LATENCY - moved / self.copy))
 
@@ -376,7 +376,7 @@ def table(predictions):
 
 
 def summary(predictions):
-    """As Markdown: shares of the copy bandwidth of large tensors, the targets, the worst, and what binds."""
+    """The summary in Markdown: large tensors' shares of the copy bandwidth, the targets, the worst, and what binds."""
     lines = [f"Of tensors of 32 MB and more in {predictions[0].dtype}, all workloads in both layouts: the share of the "
              "copy bandwidth", "(worst, median), how many reach 90 %, and what the worst loses most to beside bytes.",
              "",
@@ -403,7 +403,7 @@ def summary(predictions):
 
 
 def write(predictions, dtype):
-    """The table into results, the summary into the notes."""
+    """Writes the table into results and the summary into the notes."""
     head = {"what": "a prediction of tools/time_model.py: no GPU has measured any of it", "dtype": dtype,
             "columns": ["device", "shape", ["of each layout and way", *COLUMNS]]}
     rows = [[device, shape, [p.row for p in some]] for (device, shape), some in itertools.groupby(

@@ -16,7 +16,7 @@ LDM_FUSED_INLINE WideVector multiply_lower(WideVector a, uint32_t b) {
 #endif
 }
 
-// random_bits() of kCounters counters. What the upper halves of the words hold meanwhile is of no account.
+// random_bits() of kCounters counters. What the upper halves of the words hold meanwhile does not matter.
 LDM_FUSED_INLINE void draw(uint64_t seed, uint64_t counter, uint16_t* bits) {
   WideVector c0, c2{}, c3{};
   for (int i = 0; i < kCounters; ++i) c0[i] = counter + i;
@@ -40,7 +40,7 @@ LDM_FUSED_INLINE void draw(uint64_t seed, uint64_t counter, uint16_t* bits) {
   memcpy(bits, words, sizeof words);  // in the order of RandomBits::of() where the lowest byte comes first
 }
 
-// What multiplies one lane each, of the bits of as many elements.
+// The factor of each lane, from the bits of as many elements.
 template <class A>
 LDM_FUSED_INLINE Vector<A> factors(const uint16_t* bits, const Dropout& dropout) {
   using Int = typename std::conditional<sizeof(A) == 8, int64_t, int32_t>::type;
@@ -48,7 +48,7 @@ LDM_FUSED_INLINE Vector<A> factors(const uint16_t* bits, const Dropout& dropout)
   return drawn < all(Int(dropout.keep_below)) ? all(A(dropout.scale)) : all(A(0));
 }
 
-// to = from times the factors, of n elements, the tensor's from `first` on.
+// to = from * factors for n elements, which are the tensor's from `first` on.
 template <class From, class To, class A>
 void drop(const From* from, To* to, int64_t n, int64_t first, const Dropout& dropout) {
   constexpr int W = kLanes<A>;

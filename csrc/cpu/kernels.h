@@ -10,7 +10,7 @@
 namespace ldm_fused {
 namespace cpu {
 
-// A sum of floats that goes on for longer than this loses digits: longer ones are added up in double.
+// A sum of more floats than this loses digits: longer sums are added up in double.
 constexpr int64_t kLongestSum = 128;
 
 // `count` runs of `length` elements, one a channel, whose first elements are `stride` apart. The second pass prefetches

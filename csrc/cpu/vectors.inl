@@ -1,9 +1,9 @@
 // Vectors of LDM_FUSED_VECTOR_BYTES: loads, stores, sums and the activation. Included by kernels.inl.
 //
-// Written with the vector types that GCC and Clang share: they are explicit where auto-vectorisation (`omp simd`,
-// target_clones) leaves the conversions, the exponential and the ends of runs to luck, and one source serves every
-// instruction set, which a library of intrinsics would do at the price of a dependency. An intrinsic stands only where
-// the types have no word for an instruction: 16-bit conversions, masks, scaling by a power of two.
+// Written with the vector types that GCC and Clang share. They are explicit where auto-vectorisation (`omp simd`,
+// target_clones) leaves the conversions, the exponential and the ends of runs to luck. One source serves every
+// instruction set, without depending on a library of intrinsics. An intrinsic stands only where the types cannot
+// express an instruction: 16-bit conversions, masks, scaling by a power of two.
 
 constexpr int kVectorBytes = LDM_FUSED_VECTOR_BYTES;
 #define LDM_FUSED_INLINE inline __attribute__((always_inline))

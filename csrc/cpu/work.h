@@ -23,7 +23,7 @@ constexpr int64_t kNearBundle = 393216;  // bytes of a bundle that the second-le
 constexpr int64_t kGrain = 16384;        // elements worth a thread
 constexpr int64_t kKept = 4194304;       // elements of a part of which dz is kept from the sums to the input gradient
 
-// Memory that nothing has written yet: a std::vector would walk it once more.
+// Memory that nothing has written yet. A std::vector would write zeros to it first.
 template <class T>
 class Buffer {
  public:

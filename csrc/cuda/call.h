@@ -1,4 +1,4 @@
-// What every launcher of an op asks of torch and of the device.
+// What every launcher of an op needs from torch and from the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 #include "calls.h"
 #include "cuda/plan.h"
 
-// Only a CUDA torch has it: weak, so that this binary loads under a CPU-only torch too, where nothing here is called.
+// Only a CUDA torch has it. It is weak so that this binary also loads under a CPU-only torch, which never calls it.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace ldm_fused {
@@ -22,7 +22,7 @@ inline cudaStream_t current_stream(const Tensor& on) {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // forgets it: who asks next is not told again
+  cudaGetLastError();  // clears the error: the next caller must not see it again
   STD_TORCH_CHECK(false, what, " failed: ", cudaGetErrorString(error));
 }
 

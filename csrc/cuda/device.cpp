@@ -37,7 +37,7 @@ void ask(int ordinal, Known& known) {
   check(cudaSetDevice(ordinal), "cudaSetDevice");
   cudaFuncAttributes code{};
   const cudaError_t error = cudaFuncGetAttributes(&code, any_kernel());
-  if (error != cudaSuccess) cudaGetLastError();  // forgets it
+  if (error != cudaSuccess) cudaGetLastError();  // clears the error
   check(cudaSetDevice(current), "cudaSetDevice");
   known.has_code = error == cudaSuccess;
   if (is_without_code(error)) return;
@@ -47,8 +47,8 @@ void ask(int ordinal, Known& known) {
     check(cudaDeviceGetAttribute(&value, name, ordinal), "cudaDeviceGetAttribute");
     return value;
   };
-  // Code for an older architecture that is compiled for this one when it is loaded still lacks what the older one has
-  // not: what it was written for counts.
+  // Code for an older architecture that is compiled for this one when it is loaded still lacks the newer one's
+  // features: the architecture that it was written for counts.
   const bool clusters = std::min(code.binaryVersion, code.ptxVersion) >= 90 && attribute(cudaDevAttrClusterLaunch);
   known.device = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                   clusters ? kLargestCluster : 1, attribute(cudaDevAttrCooperativeLaunch) != 0};

@@ -1,4 +1,4 @@
-// What a plan looks at of a device, and where it is asked for. Plain C++.
+// The properties of a device that a plan depends on, and the functions that ask for them. Plain C++.
 #pragma once
 
 #include <atomic>

@@ -15,8 +15,8 @@
 
 namespace ldm_fused {
 
-// So few clusters of that size fit the device side by side that smaller ones take no longer. CUDA returns it from no
-// launch.
+// So few clusters of that size fit the device side by side that smaller ones take no longer. No launch of CUDA returns
+// this value.
 constexpr cudaError_t kFewClusters = cudaErrorNotReady;
 
 // Whether the device works, but lacks the room or the means for the launch: another plan may do.
@@ -80,7 +80,7 @@ class LaunchMemories {
   static cudaError_t allow(void (*kernel)(Params), int device) {
     if (cuda::device_of(device).max_cluster > kPortableCluster &&
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
-      cudaGetLastError();  // forgets it: a cluster that needs this will be refused
+      cudaGetLastError();  // clears the error: a cluster that needs this will be refused
     }
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, cuda::most_shared_bytes(device));
   }

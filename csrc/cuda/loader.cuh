@@ -80,7 +80,7 @@ class Loader {
     }
   }
 
-  // The current item is done with.
+  // Moves on from the current item.
   __device__ __forceinline__ void next_item(const Residence& r) { ahead_ -= r.kept; }
 
  private:

@@ -1,4 +1,4 @@
-// What CUDA C++ has no words for, or no exact ones: PTX, which a host compiler replaces by plain C++.
+// PTX for what CUDA C++ cannot express, or not exactly. A host compiler takes plain C++ in its place.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -35,7 +35,7 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
 
 // ---- Stores ---------------------------------------------------------------------------------------------------
 
-// Left to itself nvcc splits some vector stores into their elements: 16 bytes are stored by one instruction.
+// Stores 16 bytes by one instruction. Left to itself nvcc splits some vector stores into their elements.
 __device__ __forceinline__ void store_16_bytes(void* to, uint4 words) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
@@ -82,8 +82,8 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // ---- Counters in global memory --------------------------------------------------------------------------------
 
-// Adds 1; whoever sees that also sees what was written before by this thread, and by those that it has met at a
-// barrier.
+// Adds 1. A thread that sees this also sees what this thread has written before, and what those have written that it
+// has met at a barrier.
 __device__ __forceinline__ void arrive(unsigned* counter) {
 #ifdef __CUDA_ARCH__
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
@@ -112,8 +112,8 @@ __device__ __forceinline__ void wait_for(unsigned* counter, unsigned target) {
 }
 
 // ---- Clusters -------------------------------------------------------------------------------------------------
-// Not there before compute capability 9.0. Code for less, compiled at run time for a device that has them, must not run
-// a plan with clusters: it stops instead.
+// Clusters need compute capability 9.0. Code for less, compiled at run time for a device that has them, must not run a
+// plan with clusters: it stops instead.
 
 __device__ __forceinline__ void cluster_arrive() {
 #if !defined(__CUDA_ARCH__)

@@ -77,7 +77,7 @@ struct ResidentBlock {
 
   __device__ __forceinline__ int group_channels() const { return r.by_group_channels.divisor; }
 
-  // Of the item's first group in mean, rstd and projections.
+  // The place of the item's first group in mean, rstd and projections.
   __device__ __forceinline__ int64_t first_group() const { return int64_t(item.index) * r.bundle; }
 
   // The thread's vectors of its unit in that round.
@@ -122,7 +122,7 @@ struct ResidentBlock {
     for (; step < end; ++step, at += span.stride) f(Number<1>{}, at);
   }
 
-  // The same, the last ones first.
+  // The same in reverse order.
   template <int kBatch, class F>
   __device__ __forceinline__ void each_back(const Span& span, int step, int end, F&& f) const {
     int64_t at = span.at(end - 1);
@@ -142,11 +142,11 @@ struct ResidentBlock {
     }
   }
 
-  // Vectors that may have been copied once those in front of the k-th are used up: no further than the next item, for
+  // How many vectors may have been copied once those in front of the k-th are used up: none beyond the next item, for
   // which the next wait is.
   __device__ __forceinline__ int room_behind(int k) const { return min(k + r.slots, 2 * r.kept); }
 
-  // To the team's next item; false: there is none. All threads of the block are done with the tables then.
+  // Goes to the team's next item; false if there is none. All threads of the block are then done with the tables.
   __device__ __forceinline__ bool next_item() {
     if constexpr (!kGrid) return false;
     loader.next_item(r);

@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) reside
     if (p.dx != nullptr) block.write_dx();
     if constexpr (kGrid) {
       block.copy_to(2 * p.residence.kept);
-      if (p.gradients.any()) block.write_totals();  // for which no other block waits
+      if (p.gradients.any()) block.write_totals();  // no other block waits for them
     }
   } while (block.next_item());
   block.team.leave();

@@ -15,7 +15,7 @@ template <int kChannels>
 struct ChannelMoments {
   float count, mean[kChannels], m2[kChannels];
 
-  // N vectors: their mean first, then what deviates from it, then both are merged as a whole. 16-bit numbers are
+  // Merges N vectors as a whole: it computes their mean first, then the deviations from it. 16-bit numbers are
   // centered by their mean, not by the shift: they have few digits, so that the mean of some is as good without.
   template <class X, int V, int N>
   __device__ __forceinline__ void add(const Vec<X, V> (&v)[N], const float (&shift)[kChannels]) {

@@ -1,4 +1,4 @@
-// The protocol by which the blocks that share an item tell each other what they have of it.
+// The protocol by which the blocks that share an item exchange what they have of it.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -26,8 +26,8 @@ inline int64_t grid_floats(const Residence& r, int totals) {
 }
 
 // The blocks that share an item. Each leaves what it has of the item's groups, and of its channels, in `own`, in shared
-// memory; after exchange() all can read it. In a grid that goes through global memory, in two places by turns: who
-// writes the next item's results cannot overtake who still reads this one's, but may be one exchange ahead.
+// memory; after exchange() all can read it. In a grid that goes through global memory, in two places by turns: a block
+// that writes the next item's results may be one exchange ahead of a block that still reads this one's, and no more.
 template <bool kGrid>
 class Team {
  public:

@@ -32,7 +32,7 @@ constexpr int kThreads = 256;           // of a streaming block
 constexpr int kVectorsInFlight = 4;     // loads a thread issues before it uses the first one
 constexpr int kBlocksPerProcessor = 8;  // 8 x 256 threads fill a multiprocessor
 constexpr int kEnoughBlocks = 2;        // a multiprocessor: below that, more blocks are worth more partial results
-constexpr int kPixelsPerPartial = 32;   // of a channels_last chunk, which keep its partial results below 9 % of traffic
+constexpr int kPixelsPerPartial = 32;   // of a channels_last chunk: partial results stay below 9 % of the traffic
 
 inline Tiling tile_rows(const Shape& shape, int vector, const Device& device) {
   const int64_t vectors = ceil_div(shape.spatial, vector);

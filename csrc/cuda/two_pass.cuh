@@ -98,8 +98,8 @@ __device__ __forceinline__ Unit column_unit(const Shape& shape, const Tiling& t,
 }
 
 // Columns: computes f(channel) once for each channel of the block, in dynamic shared memory, and gives each thread the
-// values of its own V channels. What all pixels of a block need is so read once, and not by each of its warps. All
-// threads of the block must call it.
+// values of its own V channels. So the block reads once what all its pixels need, and not once a warp. All threads of
+// the block must call it.
 template <int V, class F, class T>
 __device__ __forceinline__ void share_columns(const Shape& shape, T (&own)[V], F&& f) {
   LDM_FUSED_DYNAMIC_SHARED(T, table);

@@ -1,4 +1,4 @@
-"""What an adapter is: how ``patch`` fuses the instances of a class. And which class has which."""
+"""Adapters, which say how ``patch`` fuses the instances of a class, and the registry of users' own."""
 
 import sys
 from types import ModuleType
@@ -16,20 +16,21 @@ STATE = "_ldm_fused"
 
 
 def sites(module: nn.Module) -> Tuple[Any, ...]:
-    """The :class:`ldm_fused.patching.swap.Site` of each norm of a patched module, in its adapter's order."""
+    """A :class:`ldm_fused.patching.swap.Site` for each norm of a patched module, in its adapter's order."""
     return module.__dict__[STATE].sites
 
 
 class Adapter:
     """How the instances of one class, and of no subclass, are fused. An adapter has no state: classes may share it.
 
-    :func:`ldm_fused.patch` asks :meth:`why_not` of each instance and tries :meth:`forward` against the class's own on a
-    small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in which
-    ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names; where another
-    argument is not its default, the class's own method runs. A class whose forward is the formula of a block needs no
-    adapter. :class:`Block` has an example. What is no block of two norms calls
-    :func:`ldm_fused.resnet_block.norm_swish`, which calls a norm that must not be bypassed, and tells a site of
-    :func:`sites` what it did.
+    :func:`ldm_fused.patch` asks for the :meth:`obstacle` of each instance and tries :meth:`forward` against the class's
+    own on a small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in
+    which ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names. Where
+    another argument is not its default, the class's own method runs.
+
+    A class whose forward is the formula of a block needs no adapter. :class:`Block` has an example. An adapter of
+    anything but a block of two norms calls :func:`ldm_fused.resnet_block.norm_swish` with the ``count`` of one of its
+    :func:`sites`: it fuses a norm or calls it, and counts which.
     """
 
     method = "forward"
@@ -41,7 +42,7 @@ class Adapter:
     is_container = False
     """Whether the class only holds parts: ``patch`` then reports nothing of its subclasses."""
 
-    def why_not(self, module: nn.Module) -> Optional[str]:
+    def obstacle(self, module: nn.Module) -> Optional[str]:
         """The reason why this instance cannot be fused, or None. ``patch`` asks once."""
         return None
 
@@ -54,7 +55,7 @@ class Adapter:
         return {}
 
     def variant(self, module: nn.Module) -> Hashable:
-        """What decides, beside sizes, what the class's forward does: one instance of each variant is tried."""
+        """Whatever makes the class's forward differ between instances, sizes aside. One of each variant is tried."""
         simple = (bool, int, float, str, type(None))
         attributes = tuple((k, v) for k, v in sorted(vars(module).items())
                            if k[0] != "_" and k != "training" and isinstance(v, simple))
@@ -65,7 +66,7 @@ class Adapter:
         raise NotImplementedError
 
     def examples(self, module: nn.Module) -> List[Tuple[Any, ...]]:
-        """All arguments that are tried, where there are several ways to call it."""
+        """The arguments of every trial, where the module can be called in several ways."""
         example = self.example(module)
         return [] if example is None else [example]
 

@@ -1,6 +1,7 @@
-"""Whether a graph is exactly the formula of a ResNet block, and which part has which role; or that of a norm.
+"""Matches a graph against the formula of a ResNet block or of a norm, and finds the role of each part.
 
-The graph tells the roles, whatever the parts are called. A node that has no place in the formula refuses the whole.
+The roles follow from the graph, whatever the parts are called. A graph with a node that has no place in the formula is
+refused.
 """
 
 import operator

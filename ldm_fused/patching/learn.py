@@ -1,4 +1,4 @@
-"""Classes of norms, activations and convolutions that nobody registered: what they compute is read."""
+"""Reads what classes of norms, activations and convolutions compute that nobody registered."""
 
 import weakref
 from typing import Any, Dict, Optional, Tuple
@@ -35,7 +35,7 @@ def looks_like_a_norm(module: nn.Module) -> bool:
 
 
 def norm(module: nn.Module) -> Optional[str]:
-    """Reads what a norm computes and remembers it; gives the reason why nobody can tell, or None."""
+    """Reads what a norm computes and remembers it. Returns the reason why it cannot be read, or None."""
     cls = type(module)
     known = bypass._NORMS.get(cls)
     if isinstance(known, bypass.Norm) or known is not None and known(module) is not None:

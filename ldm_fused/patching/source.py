@@ -1,6 +1,6 @@
-"""What a trace of a function does not see and its source says: what it branches on, and what it does beside.
+"""Reads in a function's source what a trace does not show: what the function branches on, and its side effects.
 
-A trace follows one way through the code. It stands for all calls only if that way depends on nothing but attributes of
+A trace follows one way through the code. It stands for all calls only if nothing decides that way but attributes of
 ``self``, which each call checks again, whether an argument is None, and how many dimensions a tensor has.
 """
 
@@ -48,7 +48,7 @@ def text_of(code: CodeType, cls: type) -> str:
 def read(code: CodeType, cls: type) -> Source:
     """
     Raises:
-        Unreadable: where the function branches on what a trace cannot stand for, or does something beside.
+        Unreadable: where the function branches on anything else, or has a side effect.
     """
     return _read(text_of(code, cls), code.co_name)
 

@@ -67,9 +67,9 @@ class State:
         self.adapter = adapter
         self.sites = tuple(Site(name) for name in adapter.sites(module))
         self.recompute = recompute
-        self.why_not: Optional[str] = None  # found out at run time
+        self.obstacle: Optional[str] = None  # one that only a call shows
         self.known = bypass.knowledge(module)
-        # A class with ways of its own to be copied goes by them, and its copies are unpatched.
+        # A class that defines how it is copied or pickled keeps its own way. Its copies are unpatched.
         cls = type(module)
         self.travels = (cls.__reduce__ is object.__reduce__ and cls.__reduce_ex__ is object.__reduce_ex__
                         or "_ldm_fused_original" in vars(cls))
@@ -81,11 +81,11 @@ class State:
 
 
 def _revived(known, adapter: Adapter, sites: Tuple[Site, ...], recompute: bool) -> State:
-    """A state in another process, which has not learned the classes of norms yet."""
+    """Makes the state of a copy or pickle, perhaps in a process that has not read the classes of its norms."""
     bypass.learn(known)
     state = State.__new__(State)
     state.adapter, state.sites, state.recompute, state.known = adapter, sites, recompute, known
-    state.why_not, state.travels = None, True
+    state.obstacle, state.travels = None, True
     return state
 
 

@@ -44,7 +44,7 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
             called.append(frame.f_code)
 
     before, collects = sys.getprofile(), gc.isenabled()
-    gc.disable()  # neither is the end of a generator that is collected
+    gc.disable()  # the end of a generator that is collected would count as a call, too
     sys.setprofile(profile)
     try:
         graph = tracer.trace(module)

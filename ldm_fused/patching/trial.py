@@ -1,8 +1,8 @@
 """Whether an adapter computes what the class computes, tried on a copy with random weights.
 
-A class is known by where it is defined or by its formula, and this is the second check, for libraries change, and forks
-keep the names. It runs forward and backward, in training and evaluation, with gradients and without, in two shapes, in
-float64 and 16 bits, with small numbers and with some that a clamp would change.
+A class is known by its path or by its formula. The trial is the second check: libraries change, and forks keep the
+names. It runs forward and backward, in training and evaluation, with gradients and without, in two shapes, in float64
+and 16 bits, with small numbers and with some that a clamp would change.
 """
 
 import copy
@@ -35,7 +35,7 @@ class Halving(nn.Module):
 
 
 class InFloat64(TorchFunctionMode):
-    """Casts of float64 to float32 do nothing, so that what always computes in float32 is compared to as many digits."""
+    """Ignores casts of float64 to float32, so that code which always computes in float32 is compared in float64."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
