@@ -49,7 +49,23 @@ def test_counts_of_a_block_are_what_the_plans_predicted(shape, layout, name):
         assert moved.over_limit > 1
 
 
-def test_block_report(capsys):
+@pytest.fixture(scope="module")
+def blocks_measured_once():
+    """Each takes seconds."""
+    measure_block, measured = traffic.measure_block, {}
+
+    def once(workload, layout, device):
+        key = workload.shape, layout
+        if key not in measured:
+            measured[key] = measure_block(workload, layout, device)
+        return measured[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic, "measure_block", once)
+        yield
+
+
+def test_block_report(capsys, blocks_measured_once):
     assert traffic.main(["--suite", "seed", "--block"]) == 0
     *_, inference, training = capsys.readouterr().out.splitlines()
     number = r"(\d+\.\d+) B"
@@ -66,7 +82,7 @@ def test_videos_have_no_blocks(capsys):
     assert "this suite has no blocks" in capsys.readouterr().err
 
 
-def test_block_targets(capsys, monkeypatch):
+def test_block_targets(capsys, monkeypatch, blocks_measured_once):
     monkeypatch.setattr(traffic, "BLOCK_TARGETS", {"inference": 7.0, "training": 15.0})
     assert traffic.main(["--suite", "seed", "--block"]) == 1
     assert re.search(r"Blocks in inference move 7\.\d\d B, more than 7.0 B\.", capsys.readouterr().out)
