@@ -37,7 +37,7 @@ def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     train(args)
     dist.barrier()
-    dist.destroy_process_group()  # when the model, which has groups of its own, is gone
+    dist.destroy_process_group()  # last: the model, which train() has freed, had process groups of its own
 
 
 def train(args) -> None:
@@ -62,7 +62,7 @@ def train(args) -> None:
     for step in range(args.steps):
         generator = torch.Generator().manual_seed(step)
         pictures = torch.randn(args.batch, 3, args.resolution, args.resolution, generator=generator)
-        x = pictures[rank::world].to(device, memory_format=torch.channels_last)  # FSDP wants parameters contiguous
+        x = pictures[rank::world].to(device, memory_format=torch.channels_last)  # not the model: FSDP refuses that
         loss = F.mse_loss(model(x), x)
         optimizer.zero_grad()
         loss.backward()
