@@ -1,6 +1,6 @@
 // The kernels that walk columns: pixels of all channels, in channels_last memory. Included by kernels.inl.
 
-// Adds to arrays over channels what K pixels differ from `center`, times `share`, and the squares of the differences.
+// Adds to arrays over channels the differences of K pixels from `center`, times `share`, and the squares of these.
 template <int K, class X, class A>
 LDM_FUSED_INLINE void add_deviations(const X* x, int64_t stride, int channels, const A* center, A share, A* off,
                                      A* squares) {
@@ -27,8 +27,8 @@ LDM_FUSED_INLINE void add_deviations(const X* x, int64_t stride, int channels, c
   }
 }
 
-// Mean and squared deviations of every channel in one step over at most kLongestSum pixels: relative to the mean of
-// four of them, so that what cancels in the correction is at most a small multiple of what is left.
+// Computes mean and squared deviations of every channel in one step over at most kLongestSum pixels. They are relative
+// to the mean of four pixels, so that what cancels in the correction is at most a small multiple of what is left.
 template <class X, class A = Accumulate<X>>
 void column_moments(const X* x, const Columns& columns, A* mean, A* m2) {
   constexpr int kBlock = 2560;

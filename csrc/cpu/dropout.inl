@@ -59,7 +59,7 @@ void drop(const From* from, To* to, int64_t n, int64_t first, const Dropout& dro
     const int64_t skipped = (first + done) % kElementsPerCounter;
     const int64_t count = n - done < kDrawn - W - skipped ? n - done : kDrawn - W - skipped;
     const uint64_t counter = uint64_t(first + done) / kElementsPerCounter;
-    for (int64_t at = 0; at < skipped + count + W; at += kStep) {  // of whole vectors
+    for (int64_t at = 0; at < skipped + count + W; at += kStep) {  // enough for whole vectors
       draw(seed, counter + uint64_t(at / kElementsPerCounter), bits + at);
     }
     int64_t i = 0;

@@ -1,7 +1,7 @@
 // group_norm_act on the CPU.
 //
 // Memory passes: x is walked twice, group by group (channels_last: bundle of groups by bundle). A group that fits the
-// cache is so read from memory once, and the next one is prefetched while it is computed. The second walk goes
+// cache is thus read from memory once, and the next one is prefetched while it is computed. The second walk goes
 // backward: it begins with what the cache still has of a larger group. Dropout is a step of its own, from a tile in a
 // cache to y.
 

@@ -54,7 +54,7 @@ struct Backward {
 
   const X* shortcut_at(int64_t at) const { return args.shortcut ? static_cast<const X*>(args.shortcut) + at : nullptr; }
 
-  // From the totals of the group's channels.
+  // Computes a group's projection from the totals of its channels.
   void project(int64_t n, int64_t g) {
     const int64_t in_group = shape.channels_per_group(), group = n * shape.groups + g;
     const int64_t row = n * shape.channels + g * in_group;

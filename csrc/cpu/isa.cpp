@@ -9,7 +9,7 @@ namespace {
 
 constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
-// The best that the processor has; it has those before, too.
+// The best set that the processor has. It has all sets before that one too.
 Isa best_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
@@ -25,7 +25,7 @@ Isa best_isa() {
 
 }  // namespace
 
-// That one, or the lesser one that LDM_FUSED_CPU_ISA names. (ldm_fused/ops.py refuses other names.)
+// The best one, or a lesser one that LDM_FUSED_CPU_ISA names. (ldm_fused/ops.py refuses other names.)
 Isa chosen_isa() {
   static const Isa chosen = [] {
     const char* wanted = std::getenv("LDM_FUSED_CPU_ISA");

@@ -80,8 +80,8 @@ struct Kernels {
   void (*columns_residual)(const X* x, const X* residual, X* y, const Columns&, const A* bias, A scale);
 };
 
-// Each instruction set's kernels. baseline is what the compiler targets without being told; avx512_bf16 has those only
-// in which a bfloat16 takes part, and avx512 serves for the rest.
+// Each instruction set's kernels. baseline is what the compiler targets by default. avx512_bf16 has only the kernels
+// with a bfloat16 in them; avx512 serves for the rest.
 namespace baseline {
 template <class X, class Y>
 Kernels<X, Y> kernels();

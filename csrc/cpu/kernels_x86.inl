@@ -2,7 +2,7 @@
 // and the width of its vectors, and includes this.
 #if defined(__x86_64__)
 
-// Headers come before the target, so that the inline functions they share with other files stay runnable anywhere.
+// Headers come before the target: inline functions that they share with other files must run on any processor.
 #include <immintrin.h>
 
 #include <cmath>

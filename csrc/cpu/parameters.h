@@ -61,7 +61,7 @@ class Channels {
   const A* offset(int64_t n) const { return offset_ + n * stride_; }
   const A* pre_bias(int64_t n) const { return pre_bias_ ? pre_bias_ + n * stride_ : nullptr; }  // null: none
 
-  // From channel c on, all of one group.
+  // The maps of a group's channels, from channel c on.
   GroupAffine<A> group(int64_t n, int64_t c, A mean, A rstd) const {
     const int64_t at = n * stride_ + c;
     return {mean, rstd, gain_ + at, offset_ + at, pre_bias_ ? pre_bias_ + at : nullptr};
@@ -103,7 +103,7 @@ class AffineTable {
     }
   }
 
-  // Those of sample n, from channel c on.
+  // The maps of sample n, from channel c on.
   ColumnAffine<A> from(int64_t n, int64_t c) const {
     const A* at = values_.data() + 3 * n * channels_ + c;
     return {at, at + channels_, at + 2 * channels_};

@@ -1,8 +1,8 @@
 // The kernels that walk rows: runs of one channel, in contiguous memory. Included by kernels.inl.
 
-// Mean and squared deviations in two steps over a chunk that stays in the cache. The first adds up x, each divided by
-// the count so that no sum overflows, for a mean that is a few roundings off; the second measures how far off, and both
-// results are corrected by that.
+// Computes mean and squared deviations in two steps over a chunk that stays in the cache. The first step adds up x,
+// divided by the count so that no sum overflows: this mean is a few roundings off. The second step measures how far off
+// it is, and both results are corrected by that.
 template <class X>
 Moments<double> row_moments(const X* x, int64_t n) {
   using A = Accumulate<X>;
@@ -57,7 +57,7 @@ void rows_apply(const X* x, Y* y, const Rows& rows, const GroupAffine<A>& affine
   }
 }
 
-// Sums of a row or of a piece of one, one a lane.
+// Partial sums of a row, or of a piece of one, in each lane.
 template <class A>
 struct LaneSums {
   Vector<A> dz, dz_x;

@@ -20,7 +20,7 @@ struct Along {
 };
 
 constexpr int kAhead = 8;  // pixels between what is at hand and what is prefetched in the first walk through memory
-constexpr int kInRow = 2, kPixels = kVectorBytes == 64 ? 4 : 2;  // vectors side by side, as registers last
+constexpr int kInRow = 2, kPixels = kVectorBytes == 64 ? 4 : 2;  // vectors side by side: as many as registers hold
 
 // Asks for K vectors, `stride` elements apart, that will be read or written soon. Any address will do.
 template <int K, class T>

@@ -158,8 +158,8 @@ LDM_FUSED_INLINE A sum_of(typename VectorType<A, Lanes>::type v) {
 
 // ---- Packs ----------------------------------------------------------------------------------------------------
 
-// K vectors that go through the same arithmetic side by side, operation by operation: the exponential is a chain of 17
-// operations, each waiting for the one before, of which a processor sees too few ahead to fill its units by itself.
+// K vectors that go through the same arithmetic side by side, operation by operation. The exponential is a chain of 17
+// operations, each waiting for the one before: a processor does not look far enough ahead to fill its units with one.
 template <class A, int K>
 struct Pack {
   Vector<A> v[K];

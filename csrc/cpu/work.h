@@ -21,7 +21,7 @@ constexpr int64_t kSmallParts = 8192;    // elements of small parts that a threa
 constexpr int64_t kNear = 589824;        // bytes of a group that a cache holds while the next one is prefetched
 constexpr int64_t kNearBundle = 393216;  // bytes of a bundle that the second-level cache holds beside the next one
 constexpr int64_t kGrain = 16384;        // elements worth a thread
-constexpr int64_t kKept = 4194304;       // elements of a part of which dz is kept from the sums to the input gradient
+constexpr int64_t kKept = 4194304;       // elements of the largest part whose dz is kept for the input gradient
 
 // Memory that nothing has written yet. A std::vector would write zeros to it first.
 template <class T>
@@ -43,7 +43,7 @@ A* tile_of_thread(int64_t elements) {
   return tile.data();
 }
 
-// Calls f(begin, end) for ranges of [0, count) on all threads. One of `count` is about `elements` elements of work.
+// Calls f(begin, end) for ranges of [0, count) on all threads. Each of the `count` has about `elements` elements.
 template <class F>
 void parallel_over(int64_t count, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
@@ -59,8 +59,8 @@ struct Parts {
 
 // Takes every part through three steps: first(part, unit, scratch) for its units, then merge(part), then second(part,
 // unit, scratch) for its units, the last one first. Where threads can share the parts out evenly, each takes whole
-// parts, while they are in its cache; it takes several small parts through a step before the next one, which then waits
-// for nothing. Else all threads share each step, of as many parts as there is scratch memory for.
+// parts, which stay in its cache. It takes several small parts through a step before the next step, so that no step
+// waits for the one before. Else all threads share each step, of as many parts as there is scratch memory for.
 template <class A, class First, class Merge, class Second>
 void two_passes(const Parts& parts, const First& first, const Merge& merge, const Second& second) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -125,7 +125,7 @@ struct Tiles {
   Chunks rows, pieces;
   int64_t count;
   bool near;      // whether a cache near the processor holds the group
-  int64_t ahead;  // what comes next: the next group, or what follows in one that is not near
+  int64_t ahead;  // elements to what is prefetched: the next group, or what follows in one that is not near
 
   // `bytes` are read of each element.
   Tiles(int64_t channels, int64_t spatial, int64_t bytes)
@@ -153,7 +153,7 @@ struct Bundles {
   const Shape& shape;
   int64_t width, count;  // channels of each, but the last of a sample may be narrower
   bool near;             // whether the cache holds them
-  Chunks pixels;         // that a kernel walks at once: no longer than a sum of floats, and about equally many
+  Chunks pixels;         // that a kernel walks at once: about equally many, and at most kLongestSum
 
   // `bytes` are read of each element, in tensors of `itemsize`.
   Bundles(const Shape& shape, int64_t itemsize, int64_t bytes, bool silu)
@@ -182,14 +182,14 @@ struct Bundles {
     const int64_t least = in_group * (lanes / std::gcd(lanes, in_group));  // whole groups, whole lines
     const int64_t fitting = kNearBundle / (least * shape.spatial * bytes);
     const int64_t width = std::min(shape.channels, least * fitting);
-    // Pixels that are a power of two apart put their lines into few sets of the cache, as if it were so much smaller.
+    // Pixels that are a power of two apart put their lines into few sets of the cache, which then holds that much less.
     const int64_t period = std::gcd(shape.channels * itemsize, kPage);
     return width && std::max(period, width * itemsize) * shape.spatial <= kCache ? width : shape.channels;
   }
   static int64_t pixels_of(int64_t spatial, int64_t most) { return ceil_div(spatial, ceil_div(spatial, most)); }
 };
 
-constexpr int64_t kNothingReadAgain = 0;  // bytes of each element, of which caches have to hold none
+constexpr int64_t kNothingReadAgain = 0;  // bytes of each element that a cache must hold for a second walk
 
 // Calls f(row, Rows, piece, offset) for all rows of the tensor on all threads. A call has whole rows of one sample, or
 // a piece of one row.

@@ -1,6 +1,6 @@
-// How long things take, as the plan believes, and tools/time_model.py with it. Plain C++.
+// How long things take: the plan's estimates, which tools/time_model.py uses too. Plain C++.
 //
-// No GPU has measured any of these numbers here. Where they come from:
+// No GPU has run these kernels, so none of these numbers is measured here. They come from:
 //   kBytesPerNanosecond  an H200's data sheet: 90 % of 4.8 TB/s, over 132 multiprocessors. Other devices move less, but
 //                        their waits are about as long: there the plan gives waits too much weight;
 //   kComputedPerNanosecond  four warps of 32 lanes a cycle at 1.755 GHz (H100), over the 16 and 26 instructions that
@@ -9,9 +9,9 @@
 //                        stream or a graph are 1 to 3 us;
 //   kClusterWait         a barrier of a cluster and reads of distributed shared memory, of 180 cycles each (Luo et al.,
 //                        arXiv:2402.13499, on an H100), are some 0.3 us; the rest is that blocks do not end together;
-//   kWait                a barrier through global memory is about 1.5 us for a whole V100 (Zhang et al.,
-//                        arXiv:2004.05371), of three to four trips to L2; again the blocks do not end together;
-//   kHiddenWait          a guess: what of kWait is left if memory is busy meanwhile.
+//   kWait                a barrier through global memory takes three to four trips to L2, about 1.5 us for a whole V100
+//                        (Zhang et al., arXiv:2004.05371); the rest, again, is that blocks do not end together;
+//   kHiddenWait          a guess of how much of kWait is left while the next item's loads keep memory busy.
 #pragma once
 
 #include <cstdint>

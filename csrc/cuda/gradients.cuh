@@ -5,7 +5,7 @@
 
 namespace ldm_fused {
 
-// GradientSums in memory, `stride` elements from one of the two or three sums to the next.
+// GradientSums lie in memory as two or three sums, `stride` elements apart.
 template <class A>
 __device__ __forceinline__ GradientSums<A> load_sums(const A* at, int64_t stride, int sums) {
   return {at[0], at[stride], sums == 3 ? at[2 * stride] : A(0)};
@@ -24,8 +24,8 @@ struct ChannelGradient : ChannelAffine<A> {
   Projection<A> projection;
 };
 
-// What reaches the activation's input: dz = dropout's gradient of dy times the activation's derivative at u, which is
-// affine in the centered values, x - center. One channel for all elements (rows), or for each its own (columns).
+// Computes dz, the gradient of the activation's input: dropout's gradient of dy, times the activation's derivative at
+// u, which is affine in x - center. There is one channel for all elements (rows), or one for each (columns).
 template <bool Fast, class Y, int V, class Channel, int kChannels, class A>
 __device__ __forceinline__ void activation_gradient(const Mask<A>& mask, int64_t first, bool silu, const Vec<Y, V>& dy,
                                                     const Channel (&channel)[kChannels], const A (&centered)[V],
@@ -63,7 +63,7 @@ __device__ __forceinline__ void accumulate(GradientSums<A> (&sums)[kSums], const
   for (int e = 0; e < V; ++e) sums[e % kSums].x += centered[e];
 }
 
-// Adds a vector to the sums; leaves what reaches the activation's input in dz.
+// Adds a vector to the sums, and leaves the gradient of the activation's input in dz.
 template <bool Fast, class X, class Y, int V, class Channel, int kChannels, int kSums, class A>
 __device__ __forceinline__ void add_vector(GradientSums<A> (&sums)[kSums], const Mask<A>& mask, int64_t first,
                                            bool silu, bool of_x, const Channel (&channel)[kChannels],
@@ -74,7 +74,7 @@ __device__ __forceinline__ void add_vector(GradientSums<A> (&sums)[kSums], const
   accumulate(sums, centered, dz, of_x);
 }
 
-// dx = slope * dz - k1 - k2 * (x - center), and what reaches x through the shortcut.
+// dx = slope * dz - k1 - k2 * (x - center), plus the shortcut's gradient if there is one.
 template <class X, int V, int kChannels, class A>
 __device__ __forceinline__ Vec<X, V> input_gradient(const ChannelGradient<A> (&channel)[kChannels],
                                                     const A (&centered)[V], const A (&dz)[V], const Vec<X, V>& shortcut,

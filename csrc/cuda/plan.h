@@ -24,7 +24,7 @@ struct Plan {
   }
 };
 
-// What a resident kernel reads of parameters, and what its teams exchange: `partial` bytes a group, `totals` a channel.
+// Counts a resident kernel's parameters, and what its teams exchange: `partial` bytes a group, `totals` a channel.
 inline void count_exchange(Plan& plan, int64_t parameter_bytes, int64_t partial, int64_t totals) {
   const Residence& r = plan.residence;
   const int64_t blocks = r.items * r.team;

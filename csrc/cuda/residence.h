@@ -74,10 +74,10 @@ constexpr int kMostSegments = 4;  // of an item: what a thread begins with is a 
 constexpr int kMostLanes = 32;
 constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
 constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
-constexpr int kFewerThreads = 256;        // of one that has not
+constexpr int kFewerThreads = 256;        // of one that shares it
 constexpr int kGridThreads = 256;         // of a grid's block, whose threads need more registers than 128
-constexpr int kLeastRow = 64;             // bytes of a channels_last row, where groups can be bundled so
-constexpr int kSector = 32;               // bytes: a row that is no multiple wastes what it shares
+constexpr int kLeastRow = 64;             // bytes of a channels_last row, where groups can be bundled to it
+constexpr int kSector = 32;               // bytes: a row that is no multiple of it wastes a part of one
 constexpr int kSmallItem = 8192;          // bytes: smaller groups share a block
 constexpr int kSmallSlice = 4096;         // bytes of a block's part of an item: below, more blocks do not pay
 constexpr int kEnoughResidentBlocks = 2;  // a multiprocessor: one loads while the other stores
@@ -88,8 +88,8 @@ LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) {
   return x_size > y_size ? 0 : x_size == 2 ? 16 : 8;  // the accurate exponential of float32 needs registers too
 }
 
-// Bytes of shared memory beside the slots: each channel's parameters, the partial results, each group's result and what
-// the team exchanges of it and of its channels.
+// Bytes of shared memory beside the slots: each channel's parameters, the partial results, each group's result, and
+// what the team exchanges of a group and of its channels.
 inline int tables_of(const Residence& r, const Demand& demand) {
   const int floats = (demand.channel + demand.totals) * r.width + demand.partial * r.entries + 4 * r.bundle;
   return int(round_up(4 * floats, 16));
@@ -98,8 +98,8 @@ inline int tables_of(const Residence& r, const Demand& demand) {
 // Vectors in a piece of memory, rounded up to whole lines or sectors where it is long enough for that.
 inline int64_t whole(int64_t vectors) { return round_up(vectors, vectors >= 8 * kLine ? kLine : vectors >= 2 ? 2 : 1); }
 
-// The cut of a block's chunk into units that leaves the fewest lanes idle. The lanes of a unit read whole lines, where
-// the chunk has any; to reduce a unit costs about as much as one more vector.
+// Cuts a block's chunk into units so that the fewest lanes are idle. The lanes of a unit read whole lines, where the
+// chunk has any; reducing a unit costs about as much as one more vector.
 inline void cut_rows(Residence& r) {
   r.chunk = int(whole(ceil_div(r.extent, r.team)));
   int64_t least = INT64_MAX;
@@ -157,7 +157,7 @@ inline int bundle_of(const Shape& shape, bool columns, const Demand& demand, con
   return found;
 }
 
-// How so many blocks share an item; kept is 0 where nothing of it fits.
+// How a team of so many blocks shares an item; kept is 0 where no vector fits.
 inline Residence reside(const Shape& shape, bool columns, int bundle, int team, int threads, const Demand& demand,
                         const Device& device) {
   Residence r{};
@@ -195,8 +195,8 @@ inline void finish(Residence& r, Exchange exchange, int64_t teams, int64_t slots
   r.by_group_channels = Divisor(uint32_t(r.width / r.bundle));
 }
 
-// Blocks that a multiprocessor holds at once, by their registers and shared memory. The system keeps 1 KB of the latter
-// for each block, which the most that a block may ask for leaves out.
+// Blocks that a multiprocessor holds at once, by their registers and shared memory. The system keeps 1 KB of shared
+// memory for each block; shared_per_block, the most that a block may ask for, leaves it out.
 inline int blocks_abreast(const Residence& r, const Device& device) {
   constexpr int kReserved = 1024, kRegisters = 65536;
   const int registers = r.exchange == Exchange::grid ? kRegisters / kGridThreads : kRegisters / kMostThreads;
@@ -204,9 +204,9 @@ inline int blocks_abreast(const Residence& r, const Device& device) {
                   (device.shared_per_block + kReserved) / (r.shared_bytes + kReserved));
 }
 
-// The whole item in one block or a cluster, one item a team: in as few blocks as leave none idle and leave room for a
-// second one on each multiprocessor, which loads while the first one computes or stores. More than eight share an item
-// only where it fits no other way, or multiprocessors are idle.
+// Keeps the whole item in one block or cluster, one item a team. It takes the fewest blocks that occupy every
+// multiprocessor and leave room on it for a second one, which loads while the first one computes or stores. More than
+// eight share an item only where it fits no other way, or where multiprocessors are idle.
 inline bool reside_in_clusters(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
                                Residence& found) {
   const int64_t bytes = shape.spatial * bundle * shape.channels_per_group() * demand.bytes;
@@ -252,8 +252,8 @@ inline double time_of_two_passes(const Shape& shape, const Demand& demand, const
   return time_of_kernels(2, double(shape.elements()) * (demand.moved + demand.bytes), device.multiprocessors);
 }
 
-// One block a multiprocessor, in teams of equal size that take one item after the other; of the next one as much is in
-// flight as there are slots. False: no slot fits.
+// One block a multiprocessor, in teams of equal size that take one item after the other. Slots that an item leaves free
+// take loads of the next one. False: no slot fits.
 inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
                            Residence& found) {
   const int64_t items = shape.batch * (shape.groups / bundle);
@@ -276,7 +276,7 @@ inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const D
   return least > 0;
 }
 
-// Finds how one read of the tensors serves; false: it does not.
+// Plans one read of the tensors. False: it is not possible, or two passes take less time.
 inline bool reside(const Shape& shape, const Demand& demand, const Device& device, Residence& found) {
   const bool columns = shape.walks_columns();
   if ((columns ? shape.channels : shape.spatial) % demand.vector || shape.spatial >= int64_t(1) << 31) return false;
