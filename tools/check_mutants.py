@@ -1,11 +1,11 @@
 """Makes mistakes in the CUDA kernels, one at a time, and shows that the tests catch each.
 
-`make mutants` leaves out each barrier and moves each bound of an index by one, up and down: a mutant is caught if a
-test of the emulated kernels fails, if they crash, or if they do not come to an end. It fails (status 1) where one
-survives: that is a test that is missing, or a mistake that is none, which is then entered below with the reason.
+`make mutants` leaves out each barrier and moves each bound of an index by one, up and down. A mutant is caught if a
+test of the emulated kernels fails, crashes, or does not come to an end. The run fails (status 1) where a mutant
+survives. Then a test is missing, or the mistake changes no result: enter it in HARMLESS with the reason.
 
-Tests are collected once, and run once without a mutant, to see which reach which mutant. Then each mutant has a fork of
-this process, which runs the tests that reach it, the quickest first, until one fails.
+Tests are collected once, and run once without a mutant, to see which reach which mutant. Then, for each mutant, a fork
+of this process runs the tests that reach it, the quickest first, until one fails.
 
     tools/check_mutants.py [--only 17,18]
 """
@@ -36,11 +36,11 @@ optional or one_gradient or large_mean or misaligned) and not (64-64 or 16385) o
 TESTS = ["-q", "-s", "--no-header", "--no-summary", "-p", "no:cacheprovider", "tests/test_cuda_kernels.py",
          "tests/tools/test_traffic.py", "tests/test_kernels.py", "tests/test_residual.py", "tests/test_dropout.py",
          "-k", SELECTION]
-# The emulator watches memory; of arrays that a thread keeps to itself the compiler can watch the bounds.
+# The emulator does not watch arrays that a thread keeps to itself: the compiler checks their bounds.
 FLAGS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"
-PATIENCE = 8  # how many times what a test takes without a mutant; other runs share the machine
+PATIENCE = 8  # a test may take so many times as long as without a mutant: other runs share the machine
 
-# Also what makes an asynchronous copy arrive; of functions of the kernels' own, the calls.
+# What makes an asynchronous copy arrive counts too. Of functions that the kernels define, only calls are matched.
 BARRIER = (r"__syncthreads\(\)|__syncwarp\(\)|__threadfence\(\)|\.sync\(\)|cluster_wait\(\)(?=;)|"
            r"commit_copies\(\)(?=;)|wait_for_copies<\d>\(\)|wait_for\(counter_, target_\)")
 # Bounds that the compiler evaluates, and those that choose between ways to the same result.
@@ -134,7 +134,7 @@ def mutate(text, file, mutants):
 
         code = switch(rf"(?<!\S)(?P<at>[\w.:()]*(?:{BARRIER}))", ["left out"],
                       lambda match, k: f"if (!mutation::is({k})) {match['at']}", code)
-        # Of a minimum, the next ones move the bound.
+        # A bound that is a minimum is moved inside of it, below.
         code = switch(r" (?P<at><=|>=|<|>) (?!min\()", ["bound + 1", "bound - 1"], comparison, code)
         for name, meaning in (("min", "least"), ("max", "most")):
             code = switch(rf"\b(?P<at>{name})\(", [f"{meaning} + 1", f"{meaning} - 1"],
@@ -146,7 +146,7 @@ def mutate(text, file, mutants):
 
 
 def make_copy(in_folder=COPY.name):
-    """All mutants, of which the copy has the switches."""
+    """Copies the sources, with a switch for each mutant in the kernels. Returns the mutants."""
     copy = COPY.with_name(in_folder)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", copy / "csrc")
@@ -187,7 +187,7 @@ class Suite:
 
 
 class Fork:
-    """A fork of this process, which has loaded all that takes time: it returns what ``work()`` returns."""
+    """Runs ``work()`` in a fork of this process, which has loaded all that takes time, and brings its result back."""
 
     def __init__(self, work):
         self.output, self.found = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile()
@@ -235,7 +235,7 @@ def library():
 
 
 def reached_by(suite, items, count):
-    """For each test, in a run without a mutant: its seconds, and the mutants that it reaches. Or what failed."""
+    """Runs the tests without a mutant: the seconds of each and the mutants that it reaches, or the test that failed."""
     reached, found = (ctypes.c_ubyte * count).in_dll(library(), "reached_mutants"), []
     for item, following in zip(items, [*items[1:], None]):
         ctypes.memset(reached, 0, count)

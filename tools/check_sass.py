@@ -5,7 +5,7 @@ what ptxas says of it and its disassembly. It fails (status 1) on
   - a spill or a stack frame, in any kernel: local memory is traffic that no plan predicts;
   - a global access of less than 16 bytes in a streaming loop: instructions are then the limit, where memory should be;
   - more instructions an element than issue_slots.py allows, which says how it counts them;
-  - a kernel that the table below does not know, or a streaming one without a loop to judge: not looking is no passing;
+  - a kernel that the table below does not know, or a streaming one without a loop to judge: it would go unjudged;
   - too many kernels: each adds to the compile time and to the binary.
 What it read is left in build/sass.
 """
@@ -34,32 +34,33 @@ from tools.disassembly import Flow, parse_sass  # noqa: E402
 
 # ---- The kernels: a new one is entered here -------------------------------------------------------------------------
 
-# Those that go over a whole tensor. Their last template argument is V, the elements of a vector. V = 1 is for tensors
-# that are not aligned, or whose rows are no multiple of 16 bytes, and is narrow for that reason. V > 1 is planned only
-# where every vector is whole: none of its loops has a reason for a narrow access, and the one that takes what an
+# These go over a whole tensor. Their last template argument is V, the elements of a vector. V = 1 is for tensors that
+# are not aligned, or whose rows are no multiple of 16 bytes, and its accesses are narrow for that reason. V > 1 is
+# planned only where every vector is whole: no loop has a reason for a narrow access. The loop that takes what an
 # unrolled loop leaves over is judged like it.
 STREAMING = r"(statistics|sums|channel_sums|(?P<writes>apply|input_gradient|residual))_(rows|columns)"
-# Those that also do all that is between: vectors stream in some of their loops, others run once an item and are narrow.
-# The numbers, see judge_resident(): at least so many places load 16 bytes, at least so many store them, and at most so
-# many asides are narrow. The first name that matches counts; its arguments end in V (never 1), columns and grid. Who
-# changes what a kernel does counts again: a number is not there to let pass what nvcc has split.
+# These do all steps in one kernel: vectors stream in some of their loops; others run once an item and are narrow. The
+# numbers (judge_resident() has the words) mean: at least so many places load 16 bytes, at least so many store them, and
+# at most so many asides are narrow. The first pattern that matches counts; the arguments end in V (never 1), columns
+# and grid. Count again when you change what a kernel does. Do not raise a number for an access that nvcc has split.
 RESIDENT = {
     # Copies; stores y. Aside: dropout's seed; parameters; the team's groups.
     r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 3),
-    # Copies first, while waiting, and while storing; loads what registers hold, and what does not fit, for statistics
-    # and again for y; stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
+    # Copies first, while waiting, and while storing. Loads what registers hold, and what does not fit: for statistics,
+    # and again for y. Stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
     # groups, and channels (it has none to publish); the team's groups; the counter's reset.
     r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
-    # Registers hold nothing. Aside too: the element that a unit's statistics are relative to, if none of it is kept.
+    # The same, but registers hold nothing. One more aside: the element that a unit's statistics are relative to, if
+    # none of the unit is kept.
     r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 7),
-    # Copies; stores dx. Aside: parameters; the team's groups; totals, and two loops more that write the zeros of a team
-    # of no block, of which nvcc does not know that there is none.
+    # Copies; stores dx. Aside: parameters; the team's groups; totals, and two more loops that write zeros for a team
+    # without blocks: nvcc does not know that there is no such team.
     r"resident_backward<.+, \d+, (true|false), false>": (1, 1, 5),
-    # Copies as above, and where dx is not wanted; loads what does not fit for the sums, again for dx; stores dx of that
-    # and of what was copied. Aside: as above, and totals.
+    # Copies as above, and where dx is not wanted. Loads what does not fit, for the sums and again for dx. Stores dx of
+    # that and of what was copied. Aside: as above, and totals.
     r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
 }
-# Those that see only partial results and parameters.
+# These see only partial results and parameters.
 SMALL = r"merge_statistics|merge_sums|merge_channel_sums|parameter_gradients"
 
 WIDE = 16  # bytes
@@ -122,11 +123,11 @@ def parse_ptxas(log):
 
 
 def streaming_loops(code):
-    """The global accesses of each loop that has some, and encloses no other that has some.
+    """The global accesses of each loop that has some and encloses no other loop with some.
 
-    Only innermost loops run once a vector. What a loop does around them runs once a unit of work, and may be narrow, as
-    a load of a channel's parameters is. So may a loop that puts parameters into shared memory: it stores there, and no
-    access of it is wide. A subroutine that a loop calls is part of it.
+    Only an innermost loop runs once a vector. What an outer loop does runs once a unit of work, and may be narrow: the
+    load of a channel's parameters is. A loop that puts parameters into shared memory may be narrow too: it stores
+    there, and none of its accesses is wide. A subroutine that a loop calls is part of it.
     """
     flow = Flow(code)
 
@@ -144,13 +145,13 @@ def streaming_loops(code):
 def judge_resident(code):
     """A resident kernel's streaming accesses, the wide ones of each place that has some, and its asides.
 
-    A place is a loop without the loops in it, or what is in no loop. A loop with a wide access, of its own or of a loop
-    in it, is one that vectors go through, and has from shared memory what it needs beside them: a narrow access of its
-    own is a piece of a vector that nvcc has split. That goes for the loop over the items too, and so for vectors in
-    registers, for which there is no loop of their own. An aside is a loop with narrow accesses only, together with the
-    loops in it, a narrow access that is in no loop, or a narrow load that is the only one of its place: to split a vector
-    takes two. Asynchronous copies are of vectors, narrow or not; STRONG accesses, by which blocks wait for each other,
-    never are.
+    A place is a loop without the loops in it, or all that is in no loop. Vectors go through a loop with a wide access,
+    of its own or of a loop in it. Whatever else such a loop needs it reads from shared memory. So a narrow access of
+    its own is a piece of a vector that nvcc has split. This holds for the loop over the items too, and so for vectors
+    in registers, which have no loop of their own. An aside is a loop with narrow accesses only, together with the loops
+    in it; or a narrow access in no loop; or a narrow load that is the only one of its place, since splitting a vector
+    takes two. An asynchronous copy is of a vector, narrow or not. A STRONG access, by which blocks wait for each other,
+    never is.
     """
     flow = Flow(code)
     streaming, places, asides = [], [], []
@@ -251,7 +252,7 @@ def faults(function):
 
 
 def percent_wide(functions):
-    """Of the streaming accesses, rounded down: 100 is said of all only."""
+    """The share of streaming accesses that are wide, rounded down: only all of them give 100."""
     wide = [access.width >= WIDE for function in functions for access in function.accesses]
     return f"{math.floor(1000 * sum(wide) / len(wide)) / 10:g}" if wide else "no"
 

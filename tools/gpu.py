@@ -50,16 +50,16 @@ PARTS = {"correct": ("build", "tests", "instances", "sanitizer"), "time": ("buil
 SECONDS = 225  # of a part: with the start and the end it takes no more than four minutes
 LIMITS = {"build": 120, "tests": 75, "compile": 60}  # seconds; what comes last has the rest
 DECODER = 25  # seconds that timings leave to the decoder
-# What uses the device; the emulator would compile for minutes.
+# The tests that use the device. The emulated ones stay out: the emulator compiles for minutes.
 USES = "{} and not emulated"
 WITHOUT = ("tests/tools", "tests/test_cuda_kernels.py", "tests/test_emulator.py")
 PROVIDERS = "eager,F.silu,compile,cooperative,triton,ours,again"
 RESULTS = ("timings.json", "timings.csv", "decoder.json")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# What a tool must say of a mistake on purpose (tools/small_cases.py --wrong), or its silence elsewhere proves nothing.
+# What a tool must say of a mistake on purpose (tools/small_cases.py --wrong): else its silence proves nothing.
 MISTAKES = {"memcheck": ("outside", r"Invalid .*read"), "initcheck": ("unwritten", "Uninitialized")}
 WRITE = 5  # seconds from one writing to the next
-LOG = 1 << 20  # characters kept of what one command printed: the last
+LOG = 1 << 20  # so many of the last characters that a command printed are kept
 
 
 class Job:
@@ -201,7 +201,7 @@ def read_json(path: Path) -> Optional[dict]:
 
 def build(run: Run):
     """The extension; then what the binary says of itself."""
-    force = {"FORCE_CUDA": "1"} if run.args.device == "cuda" else {}  # or no nvcc would mean no kernels, and no error
+    force = {"FORCE_CUDA": "1"} if run.args.device == "cuda" else {}  # else a missing nvcc would raise no error
     job = run.start("build", ["make", "build", f"PYTHON={sys.executable}"], LIMITS["build"], **force)
     run.wait(job)
     code = "import json, ldm_fused; print(json.dumps(ldm_fused.build_info()))"
@@ -289,7 +289,7 @@ def timings(run: Run):
     notes, out = [], run.args.out
     limit = min(LIMITS["compile"], run.left() / 2)
     options = [*fixed, "--prepare", max(1, run.data["machine"]["cores"] - 1), "--budget", limit / 2]
-    prepare = run.python("compile", options, limit)  # what it ended at half of that is complete
+    prepare = run.python("compile", options, limit)  # its budget is half of that, so what it has begun can end
     run.wait(prepare)
     if prepare.status != "passed":
         notes.append(f"compiling ahead for torch.compile {prepare.status}")

@@ -13,8 +13,8 @@ BASELINES = {
     "cooperative": "the same with cooperative reductions",
     "triton": "two passes in Triton",
 }
-QUIET = (0.98, 1.02)  # where the time of ours over its own must lie
-# What is wanted: of the copy's bandwidth from LARGE bytes on; times as fast as these in the geometric mean.
+QUIET = (0.98, 1.02)  # bounds of ours over ours, timed twice in one run: outside of them the machine was noisy
+# The targets: SHARES of the copy's bandwidth from LARGE bytes on; SPEEDUPS over these in the geometric mean.
 LARGE = 32 << 20
 SHARES = {"forward": 0.9, "backward": 0.85}
 SPEEDUPS = {"eager": 4, "compile": 1.5}

@@ -8,7 +8,7 @@ from tools.gpu_summary import counted
 
 
 def worst(statuses) -> str:
-    """One status for all of them."""
+    """The worst of the statuses: it stands for all of them."""
     return next(s for s in ("timed out", "failed", "passed", "not available") if s in statuses)
 
 
@@ -24,7 +24,7 @@ def totals(records: List[str]) -> dict:
                 continue
             if "chosen" in line:
                 chosen = line["chosen"]
-            elif outcomes.get(line["id"]) != "failed":  # what passed can still fail when it is taken down
+            elif outcomes.get(line["id"]) != "failed":  # a test that passed can still fail in its teardown
                 outcomes[line["id"]], whys[line["id"]] = line["outcome"], line["why"]
             if line.get("on_gpu"):
                 on_gpu.add(line["id"])
@@ -45,7 +45,7 @@ def totals(records: List[str]) -> dict:
 
 
 def judged(found: dict, device: str) -> List[str]:
-    """The reasons why such totals are no pass."""
+    """The reasons why the tests have not passed; empty where they have."""
     lost = len(found["without_outcome"])
     reasons = {
         f"{found['failed']} failed": found["failed"],

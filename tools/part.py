@@ -1,4 +1,4 @@
-"""A part of the suite, for processes side by side, and each test's outcome written down as it comes.
+"""A plugin of pytest: runs one part of the suite, for processes side by side, and writes down each outcome as it comes.
 
 pytest -p tools.part --part 2/8 --record FILE, with the repository in PYTHONPATH. FILE gets a line of JSON for each: first
 {"chosen": [id, ...]}, then {"id", "outcome": "passed" | "failed" | "skipped", "why", "on_gpu"}. Which part a test
@@ -58,7 +58,7 @@ class Recorder:
 
 
 def gpu_allocations():
-    """How often tensors got memory on the GPU: a test that has "cuda" in its name need not have used one."""
+    """How often tensors got memory on the GPU: a test with "cuda" in its name may not have used it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
