@@ -19,7 +19,7 @@ _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each 
 
 
 def no_obstacle(module: nn.Module) -> Optional[str]:
-    """Of a class whose instances are fused whatever their attributes are."""
+    """Gives no reason: for a class whose instances are fused whatever their attributes are."""
     return None
 
 
@@ -47,7 +47,7 @@ def know(cls: type) -> None:
     computes."""
     file = getattr(cls.forward, "__globals__", {}).get("__name__")
     definer = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
-    # Of another file: somebody has replaced it before.
+    # A forward from another file was put in its place by somebody.
     _FORWARD.setdefault(cls, cls.forward if file == definer.__module__ else None)
 
 
@@ -95,7 +95,7 @@ know_norm(nn.GroupNorm, Norm())
 
 
 def known_norm(norm: nn.Module, cls: Optional[type] = None) -> Optional[Norm]:
-    """What is known of a norm, which counts as a ``cls`` where that is given; or None."""
+    """What is known of a norm, or None. With ``cls`` given, the norm counts as an instance of that."""
     known = _NORMS.get(cls or type(norm))
     return known if known is None or isinstance(known, Norm) else known(norm)
 
@@ -132,7 +132,7 @@ def class_obstacle(cls: type) -> Optional[str]:
     if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
         return f"{cls.__name__}.forward is replaced"
     if issubclass(cls, nn.GroupNorm) and nn.GroupNorm.forward is not _FORWARD[nn.GroupNorm]:
-        return "GroupNorm.forward is replaced"  # which a subclass's own calls
+        return "GroupNorm.forward is replaced"  # a subclass's own forward calls it
     return None
 
 

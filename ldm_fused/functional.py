@@ -73,10 +73,10 @@ def group_norm_act(
         scale, shift: (N, C), adaptive GroupNorm; either may stand alone.
             ``pre_bias``, ``scale`` and ``shift`` are each in x's dtype, or float32 with a 16-bit x.
         dropout_p: probability of zeroing an element after the activation, by a mask drawn at each call, as
-            ``F.dropout(training=True)`` does. From 2^-8 to 1 - 2^-8 it is met to 2^-17, and the mask is a function of
-            a seed drawn from x's device's generator (``torch.manual_seed`` repeats it, with another mask than
-            ``F.dropout`` draws) and of each element's place in memory: nothing is kept for the backward pass but the
-            seed. Source of the generator: Philox4x32-10, Salmon et al. 2011.
+            ``F.dropout(training=True)`` does. From 2^-8 to 1 - 2^-8 the kernels meet it to within 2^-17. Their mask is
+            a function of a seed and of each element's place in memory, so the backward pass needs only the seed. The
+            seed is drawn from the generator of x's device: ``torch.manual_seed`` repeats the mask, which is another
+            than ``F.dropout`` draws. Source of the mask's generator: Philox4x32-10, Salmon et al. 2011.
 
     Returns and raises: as :func:`group_norm_silu`; ValueError for an unknown activation or a ``dropout_p`` outside
     of 0 to 1.
@@ -228,7 +228,7 @@ def is_autocast(x) -> bool:
 
 
 def _castable(t, x: Tensor):
-    """A parameter for autocast: one that the kernels would not take beside x is cast, as autocast would."""
+    """A parameter for autocast: cast, as autocast would, if the kernels do not take it beside x."""
     if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (x.dtype, torch.float32, torch.float64):
         return t.float()
     return t

@@ -32,8 +32,8 @@ class FusedResnetBlock(reference.ResnetBlock):
 
     A drop-in for :class:`ldm_fused.reference.ResnetBlock`: the same submodules, creation order and state dict, so that
     the same seed gives the same weights and a checkpoint of either loads into the other. ``norm1`` and ``norm2`` stay
-    plain ``nn.GroupNorm``; each is fused only while nothing has replaced, hooked or moved it, which is looked at in
-    every call (:mod:`ldm_fused.bypass`), and called as a module otherwise.
+    plain ``nn.GroupNorm``. Each call fuses a norm only if nothing has replaced, hooked or moved it
+    (:mod:`ldm_fused.bypass`), and calls it as a module otherwise.
 
     Args:
         in_channels, out_channels, conv_shortcut, dropout, temb_channels, num_groups, eps: as the reference block's.
@@ -61,8 +61,8 @@ class FusedResnetBlock(reference.ResnetBlock):
     def from_module(cls, block: nn.Module, *, recompute: bool = False) -> "FusedResnetBlock":
         """A fused block that shares ``block``'s submodules and Parameters.
 
-        Accepts the reference block, fused blocks, and any other class that has exactly their submodules and whose
-        forward is their formula, which is read, and tried on a copy with random weights.
+        Accepts the reference block, fused blocks, and any other class that has exactly their submodules and computes
+        their formula. Its forward is read, and then tried on a copy with random weights.
 
         Raises:
             UnsupportedBlock: with the reason.

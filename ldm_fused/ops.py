@@ -1,7 +1,7 @@
 """The registered ops ``torch.ops.ldm_fused.*`` as PyTorch sees them: fake kernels and autograd.
 
-The kernels are registered by the binary (csrc/ops.cpp has the schemas). :mod:`ldm_fused.functional` is the door that
-users come through.
+The binary registers the kernels (csrc/ops.cpp has the schemas). Users call :mod:`ldm_fused.functional`, which checks
+their arguments.
 """
 
 import os
@@ -42,9 +42,9 @@ def limit_multiprocessors(limit: Optional[int]) -> Optional[int]:
     """Bounds how many multiprocessors CUDA kernels are planned for from now on, on all devices of this process.
 
     The largest groups are shared by a cooperative grid, which starts when every multiprocessor that it was planned for
-    is free. Beside kernels that occupy some of them until another rank answers, as NCCL's do under DDP and FSDP, it
-    waits, and what waits for it waits too. Kernels that are planned for fewer leave room for those. Results may differ
-    in the last bits from those of another bound, because the order of sums does.
+    is free. Under DDP and FSDP, NCCL's kernels occupy some of them until another rank answers. The grid waits for them,
+    and so does whatever waits for the grid. Kernels that are planned for fewer multiprocessors leave room for NCCL's.
+    Results may differ in the last bits from those of another bound, because the order of sums does.
 
     Args:
         limit: at least 1: plans use at most so many multiprocessors; 0: all of them, but no grids, and what no block
@@ -217,7 +217,7 @@ def backward(ctx, dy: Tensor, dx_shortcut: Optional[Tensor] = None):
 
 
 def _gradients(needs: List[bool], found: List[Tensor]) -> Tuple[Optional[Tensor], ...]:
-    """What autograd wants: for each argument its gradient, of those that were ``found``, or None."""
+    """What autograd wants: for each argument of the op its gradient among those ``found``, or None."""
     gradients: List[Optional[Tensor]] = [None] * len(Arguments._fields)
     following = iter(found)
     for i, need in zip(_PLACES, needs):

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from . import bypass, functional, ops, reference
 from .route import decided
 
-Count = Callable[[Tensor, Optional[str]], None]  # of a norm's input, and the reason why the norm was called, or None
+Count = Callable[[Tensor, Optional[str]], None]  # takes a norm's input, and the reason why it was not fused, or None
 
 
 def not_counted(x: Tensor, reason: Optional[str]) -> None:
-    """Where nobody asks."""
+    """Counts nothing: nobody asks."""
 
 
 class Stage(NamedTuple):
@@ -54,9 +54,9 @@ def resnet(
     """``(shortcut(x) + second(first(x) + temb)) * scale``, a stage being ``conv(act(norm(x)))``.
 
     ``dropout`` stands before the second convolution. ``resample`` stands between the first activation and convolution,
-    and on x where ``resample_x`` does not. ``temb`` is (N, C), or of any shape that broadcasts against the first
-    convolution's output, and with ``cast_temb`` cast to its dtype. ``recompute``: keep for the backward pass only x and
-    the first convolution's output, and compute the activated tensors again.
+    and ``resample_x`` (or else ``resample``) is applied to x. ``temb`` is (N, C), or of any shape that broadcasts
+    against the first convolution's output, and with ``cast_temb`` cast to its dtype. ``recompute``: keep for the
+    backward pass only x and the first convolution's output, and compute the activated tensors again.
     """
     # A bias is left to the op that reads a convolution's output only where nothing comes between.
     per_sample = temb is None or temb.dim() == 2
@@ -161,7 +161,7 @@ def norm_swish(
     ``pre_bias``, ``scale`` and ``shift`` are (N, C). ``conv_bias`` is what the convolution before has left out. ``act``
     is the module that computes swish, where one does. ``called`` calls a norm that computes ``scale`` and ``shift``
     itself. ``into`` is the convolution that takes the result: under autocast the op stores in the dtype that a plain
-    convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or None.
+    convolution would cast it to. ``count`` is called with x, and the reason why the norm was not fused, or None.
     """
     if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):
         # Promoted or broadcast, as PyTorch does it.

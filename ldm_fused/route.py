@@ -1,8 +1,8 @@
-"""What is decided at run time is decided once a forward, and the same where a checkpoint computes it again.
+"""Decisions at run time: each is made once a forward, and repeated where a checkpoint computes that forward again.
 
-Hooks come and go, ``disabled()`` ends, a profiler stops: between a forward and its recomputation in the backward pass.
-PyTorch's checkpoint holds that both save the same tensors. So what was decided is kept with the checkpoint's frame,
-which is found in the hooks on saved tensors that it sets.
+Between a forward and its recomputation in the backward pass hooks may come and go, ``disabled()`` may end, a profiler
+may stop. PyTorch's checkpoint requires that both save the same tensors. So decisions are kept with the checkpoint's
+frame, which is found in the hooks that it sets on saved tensors.
 """
 
 import weakref
@@ -44,7 +44,7 @@ def decided(decide: Callable[..., T], *args: Any) -> T:
 
 
 def _frame(pack_hook: Callable) -> Tuple[Optional[Any], Any]:
-    """The frame of a non-reentrant checkpoint whose hook this is, and of which recomputation; else (None, None)."""
+    """The frame of the non-reentrant checkpoint whose hook this is, and which recomputation; else (None, None)."""
     pack_hook = getattr(pack_hook, "_torchdynamo_orig_callable", pack_hook)
     if getattr(pack_hook, "__module__", None) != "torch.utils.checkpoint":
         return None, None

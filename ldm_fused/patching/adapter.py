@@ -25,8 +25,8 @@ class Adapter:
 
     :func:`ldm_fused.patch` asks for the :meth:`obstacle` of each instance and tries :meth:`forward` against the class's
     own on a small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in
-    which ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names. Where
-    another argument is not its default, the class's own method runs.
+    which ``method`` is :meth:`forward`. This takes as many of the class's first arguments as it names. Where another
+    argument is not its default, the class's own method runs.
 
     A class whose forward is the formula of a block needs no adapter. :class:`Block` has an example. An adapter of
     anything but a block of two norms calls :func:`ldm_fused.resnet_block.norm_swish` with the ``count`` of one of its

@@ -18,7 +18,7 @@ class Call:
         """``own`` is the class's function, which takes self; ``fused`` the adapter's method, which takes the module."""
         theirs = list(inspect.signature(own).parameters.values())[1:]
         ours = list(inspect.signature(fused).parameters.values())[1:]
-        if theirs and theirs[0].kind is inspect.Parameter.VAR_POSITIONAL:  # a base takes them, by our names
+        if theirs and theirs[0].kind is inspect.Parameter.VAR_POSITIONAL:  # it hands them on: our names count
             theirs = ours
         positional = [p for p in theirs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.takes_all = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ours)
@@ -39,7 +39,7 @@ class Call:
             if place >= given:
                 values[place] = value
             elif place >= 0 or not _same(value, self.keywords.get(name, _MISSING)):
-                return None  # given twice, or nothing that is known
+                return None  # it is given twice, or the class has no such name
         for value in values[:self.count]:
             if value is _MISSING:
                 return None  # the class raises

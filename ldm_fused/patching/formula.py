@@ -66,9 +66,10 @@ class Reader:
         return None
 
     def finish(self) -> None:
-        """
+        """Checks that the formula has used up the graph.
+
         Raises:
-            Unreadable: where a node has no place in the formula, or more readers than there.
+            Unreadable: where a node has no place in the formula, or a reader that has none.
         """
         used = set(self.used) | {self.output}
         inputs = set(self.traced.inputs)
@@ -223,9 +224,10 @@ class Reader:
 
 
 def block(traced: Traced, module: nn.Module) -> Block:
-    """
+    """The roles of a block's parts.
+
     Raises:
-        Unreadable: with what is not the formula's.
+        Unreadable: says what does not belong to the formula.
     """
     reasons = []
     for order in (0, 1):
@@ -334,7 +336,7 @@ def _of_rank(node: Any, rank: int) -> Any:
 
 
 def norm(traced: Traced, module: nn.Module) -> bypass.Norm:
-    """What a class of norms computes that has ``num_groups``, ``weight``, ``bias`` and ``eps``.
+    """What a class of norms computes from its ``num_groups``, ``weight``, ``bias`` and ``eps``.
 
     Raises:
         Unreadable: where it computes anything but group_norm, with the activation behind it or without.

@@ -1,4 +1,4 @@
-"""Reads what classes of norms, activations and convolutions compute that nobody registered."""
+"""Reads what classes of norms, activations and convolutions compute, where nobody has registered them."""
 
 import weakref
 from typing import Any, Dict, Optional, Tuple
@@ -14,7 +14,7 @@ _SIZES = {"num_groups", "eps", "num_channels", "affine"}  # the op is told of th
 
 
 class ReadNorm:
-    """What was read of a class of norms, by the attributes that decide it."""
+    """What was read of a class of norms, by the values of the attributes that decide it."""
 
     def __init__(self, names: Tuple[str, ...]) -> None:
         self.names = names

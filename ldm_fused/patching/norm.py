@@ -8,8 +8,8 @@ from .. import bypass, functional
 
 
 def call_obstacle(norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
-    """The reason why a norm, which counts as a ``cls``, must compute this call itself, or None; its hooks aside, which
-    PyTorch calls around it."""
+    """The reason why a norm, which counts as a ``cls``, must compute this call itself, or None. Hooks are no reason:
+    PyTorch calls them around it."""
     reason = bypass.class_obstacle(cls) or bypass.weight_obstacle(norm, x)
     if reason is not None:
         return reason

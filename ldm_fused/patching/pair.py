@@ -35,7 +35,7 @@ class _Frame:
 
 
 class _Here(threading.local):
-    def __init__(self) -> None:  # in each thread: a compiled forward's guards read the attribute before one writes it
+    def __init__(self) -> None:  # runs in each thread: a compiled forward's guards read the attribute first
         self.frame: Optional[_Frame] = None  # the innermost one in this thread
 
 
@@ -130,7 +130,7 @@ class Parent(Adapter):
                 frame.pending = None
                 result = self.body(parent, frame, *args, **kwargs)
             if not frame.called and "forward" in vars(frame.norm):
-                frame.count(None, "its forward is replaced")  # before patch, and goes by the class's
+                frame.count(None, "its forward is replaced")  # in the instance, so the class's is not called
             return result
         finally:
             _here.frame = before
@@ -227,7 +227,7 @@ def activation_behind(forward: Callable, norm: str) -> Optional[str]:
     ``self.norm(...)`` gives; or None.
 
     Its source must say ``act(self.norm(...))``, or ``h = self.norm(...)`` and ``h = act(h)`` (or ``h = [act(h)]``) in
-    one statement behind the other, and name that norm nowhere else but to ask whether it is there.
+    one statement behind the other. It may name that norm elsewhere only to ask whether it is there.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
@@ -237,7 +237,7 @@ def activation_behind(forward: Callable, norm: str) -> Optional[str]:
     asked = {id(_asked(node.test)) for node in nodes if isinstance(node, (ast.If, ast.IfExp))}
     if sum(isinstance(node, ast.Attribute) and node.attr == norm and id(node) not in asked for node in nodes) != 1:
         return None
-    if any(isinstance(node, ast.Global) for node in nodes):  # it would write to other names when run with them changed
+    if any(isinstance(node, ast.Global) for node in nodes):  # run with changed names, it would write to those
         return None
     for node in nodes:
         match node:
@@ -255,7 +255,7 @@ def activation_behind(forward: Callable, norm: str) -> Optional[str]:
 
 
 def _asked(test: ast.AST) -> ast.AST:
-    """What a test asks to be there."""
+    """What a test asks about: whether it is there, or is None."""
     match test:
         case ast.Compare(left, [ast.Is() | ast.IsNot()], [ast.Constant(None)]):
             return left

@@ -20,7 +20,7 @@ Case = Tuple[bool, bool]  # in training, where that decides; whether the second 
 
 
 class ReadBlock(Block):
-    """What was read of a class, for instances whose attributes say the same.
+    """The formulas read from a class, for instances whose deciding attributes have the same values.
 
     ``told`` are the values of the attributes ``names``, which decide what the class computes. ``takes`` is how many of
     its arguments are read, 1 or 2, and ``default`` is that of the second.
@@ -140,7 +140,7 @@ def read(module: nn.Module) -> ReadBlock:
     """The adapter of a block, read from its class's forward, or from the ``_forward`` that this calls.
 
     Raises:
-        Unreadable: with what is not the formula's.
+        Unreadable: says what does not belong to the formula.
     """
     try:
         return _read(module, "forward")

@@ -46,7 +46,8 @@ def text_of(code: CodeType, cls: type) -> str:
 
 
 def read(code: CodeType, cls: type) -> Source:
-    """
+    """The attributes of self that a function reads and branches on.
+
     Raises:
         Unreadable: where the function branches on anything else, or has a side effect.
     """
@@ -111,7 +112,7 @@ class _Function:
         return None
 
     def allow(self, node: ast.AST) -> None:
-        """What a branch may depend on."""
+        """Notes what a branch depends on, or refuses it."""
         path = self.path(node)
         if path is not None:
             self.tested.add(path)

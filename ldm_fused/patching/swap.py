@@ -38,7 +38,7 @@ def disabled() -> Iterator[None]:
 
 
 class Site:
-    """One norm at run time: calls and bytes of its input, fused under None, others under the reason."""
+    """One norm at run time: its calls and its inputs' bytes, by the reason why it was not fused, or None."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -186,7 +186,8 @@ def swap(module: nn.Module, adapter: Adapter, recompute: bool) -> None:
 
 
 def swap_back(module: nn.Module) -> None:
-    """
+    """Gives a patched module its class back.
+
     Raises:
         RuntimeError: where something else has swapped the class since.
     """
@@ -198,7 +199,7 @@ def swap_back(module: nn.Module) -> None:
 
 
 def as_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the method that was taken over computed before ``module`` was patched."""
+    """Runs the method that was taken over as it was before ``module`` was patched."""
     return getattr(original(type(module)), module.__dict__[STATE].adapter.method)(module, *args, **kwargs)
 
 

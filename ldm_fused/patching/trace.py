@@ -22,7 +22,7 @@ class Traced(NamedTuple):
 
 def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
     """Traces ``module``'s method. ``ranks`` gives the number of dimensions of each argument that is a tensor, by its
-    place, the first at 0. The others have their default, or None.
+    place; the first argument is at 0. The other arguments have their default, or None.
 
     Raises:
         Unreadable: where a trace does not say what the method computes.

@@ -1,7 +1,7 @@
 """Adapters of libraries' classes, one file a library. A class is found by the path of its definition.
 
 Only classes whose forward says more than a formula are listed. Each is tried (trial.py): libraries change, and forks
-keep the names.
+keep the names. EDM's class has no fixed path: choose.py asks edm.py for its adapter.
 """
 
 from typing import Dict

@@ -10,7 +10,7 @@ from .plain import Norm
 
 
 def layer_obstacle(layer: nn.Module) -> Optional[str]:
-    """Looks at whether a layer changes its weights before it uses them, as PyTorch's do not."""
+    """Looks at whether a layer changes its weights before it uses them, which PyTorch's layers never do."""
     if getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ()):
         return "its weights go through functions first"
     if getattr(layer, "comfy_cast_weights", False) or getattr(layer, "parameters_manual_cast", False):

@@ -11,7 +11,7 @@ from ..adapter import Block, channels
 
 
 class OwnBlock(Block):
-    """By the names of its parts. A block that recomputes by itself still does."""
+    """Finds a block's parts by their names. A block that recomputes by itself still does."""
 
     def variant(self, block: nn.Module):
         return tuple(name for name in block._modules), block.in_channels == block.out_channels, block.use_conv_shortcut
