@@ -1,4 +1,4 @@
-"""The devices that tests run on: the CPU, CUDA where there is one, and for the kernels the emulator; fixtures of patch."""
+"""Fixtures: the devices that tests run on (CPU, CUDA where there is one, for kernels the emulator), and what patch needs."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # tests of tools and benchmarks
 
 collect_ignore = ["integrations"]  # `make test-integrations` has the libraries that they need
 
-# One thread a process would hide races between them.
+# With one thread no race between threads would show.
 torch.set_num_threads(max(2, torch.get_num_threads()))
 
 
@@ -80,7 +80,7 @@ def biases(request, monkeypatch):
 
 @pytest.fixture
 def registered():
-    """register_block for as long as the test runs."""
+    """register_block; what it registers is forgotten after the test."""
     before = dict(adapter.registered)
     yield ldm_fused.register_block
     adapter.registered.clear()

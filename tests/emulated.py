@@ -1,6 +1,6 @@
 """The package's CUDA operators, run by the emulator on CPU tensors: ``torch.ops.ldm_fused_emulated``.
 
-LDM_FUSED_EMULATED_DEVICE names another of ``DEVICES`` to run on than the default.
+They run on a small device by default; LDM_FUSED_EMULATED_DEVICE names one of ``DEVICES`` instead.
 """
 
 import itertools
@@ -90,7 +90,7 @@ def has_code():
 
 @contextmanager
 def multiprocessors(limit):
-    """Plans use so many of the device's."""
+    """Plans use at most so many of the device's multiprocessors."""
     before = _library.limit_multiprocessors(limit)
     try:
         yield
@@ -122,7 +122,7 @@ def allocated():
 
 @contextmanager
 def captured():
-    """Gives a function that says, later, what the launches of here would come to if they were made again."""
+    """Gives a function that says, later, how each launch made here would end if a CUDA graph replayed it."""
     _library.capture(True)
     try:
         yield _library.replay

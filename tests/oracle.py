@@ -4,8 +4,8 @@ Errors are measured against the reference in float64 and judged by the errors th
 on the same input. Root mean squares: at most twice eager's plus one unit in the last place of the root mean square
 result. Largest errors, which among a few hundred roundings are a matter of luck: at most four times eager's plus four
 units of the largest result, which is what catches single wrong elements. For the gradients of parameters, which are
-long sums, the unit is that of the sum of the magnitudes added up. float64 results, for which the oracle is no better
-than they are, get a thousand units.
+long sums, the unit is that of the sum of the magnitudes added up. The oracle is no better than float64 results, so
+these get a thousand units.
 """
 
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ LAYOUTS = {"contiguous": None, "channels_last": {4: torch.channels_last, 5: torc
 
 
 def laid_out(x, layout):
-    """x in that memory format, or None where it has none of the kind."""
+    """x in that memory format, or None where tensors of its rank have no such format."""
     if layout == "contiguous":
         return x.contiguous()
     memory_format = LAYOUTS[layout].get(x.dim())
@@ -100,7 +100,7 @@ def oracle(case):
 
 
 def eager(case):
-    """What PyTorch's ops give: in float32 where the output is, else in x's dtype; then rounded as the results are."""
+    """What PyTorch's ops give, computed in float32 where the output is float32, else in x's dtype; rounded as ours."""
     results = composed(case, torch.float32 if case.out_dtype == torch.float32 else case.x.dtype)
     dtype = {name: getattr(case, name).dtype for name in results if name != "y"}
     return {name: result.to(dtype.get(name, case.out_dtype or case.x.dtype)) for name, result in results.items()}

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-// Inlined, and not left by a jump to copy_async(): that tells copies apart by the place that it returns to.
+// It is inlined and does not end in a jump to copy_async(), which tells copies apart by where it returns to.
 __forceinline__ void __pipeline_memcpy_async(void* shared, const void* global, size_t size, size_t zfill = 0) {
   if (zfill) emulator::fail("__pipeline_memcpy_async that fills with zeros (%zu bytes), which is not emulated", zfill);
   emulator::copy_async(shared, global, size);

@@ -29,7 +29,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 
-// A block's own, which no static variable is: kernels declare shared memory by these.
+// Kernels declare shared memory by these: a static variable would not be a block's own.
 #define LDM_FUSED_SHARED(T, name) \
   static char name##_variable;    \
   T& name = *static_cast<T*>(emulator::shared(&name##_variable, sizeof(T), alignof(T)))
@@ -45,7 +45,7 @@ inline constexpr int warpSize = emulator::kWarpSize;
 
 namespace emulator {
 
-// The compiler's callbacks see a misaligned access too, but without them the hardware's fault would go unnoticed.
+// The compiler's callbacks see a misaligned access too. Builds without them would not notice what faults on a GPU.
 template <class T>
 T* aligned(T* address) {
   check_alignment(address, alignof(T));
@@ -222,7 +222,7 @@ inline float __uint_as_float(unsigned x) { return emulator::bits<float>(x); }
 inline int __float_as_int(float x) { return emulator::bits<int>(x); }
 inline float __int_as_float(int x) { return emulator::bits<float>(x); }
 
-// Of numbers of any two types; of a NaN and a number, the number.
+// They take numbers of any two types; of a NaN and a number they give the number.
 template <class A, class B, class T = std::common_type_t<std::enable_if_t<std::is_arithmetic_v<A>, A>, B>>
 T min(A a, B b) {
   if constexpr (std::is_floating_point_v<T>)

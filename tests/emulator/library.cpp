@@ -43,7 +43,7 @@ Extent extent_of(AtenTensorHandle tensor) {
 
 constexpr unsigned char kPoison = 0xff;  // a NaN in every dtype
 
-std::vector<int64_t> allocated;  // elements of each tensor, since somebody has looked
+std::vector<int64_t> allocated;  // elements of each tensor since the last look
 
 // A kernel may touch the tensors whose pointers its launcher takes. One that is still as it was allocated must be
 // written before it is read.
@@ -246,8 +246,8 @@ PYBIND11_MODULE(library, m) {
   m.def("take_allocated", [] { return std::exchange(allocated, {}); });
   m.def("last_error", [] { return int(cudaPeekAtLastError()); });
   m.def("launch_stand_in", &launch_stand_in);
-  // What both launches come to if the other one, by another host thread, gets in between the first one's preparations
-  // and the first one.
+  // How both launches end if another host thread makes the other one between the first one's preparations and the
+  // first one itself.
   m.def("launch_stand_ins_side_by_side", [](int shared_bytes, int others) {
     std::string other;
     emulator::before_launch = [&] { std::thread([&] { other = launch_stand_in(others); }).join(); };

@@ -403,7 +403,7 @@ class Machine {
     throw std::logic_error("the emulator has lost a thread");
   }
 
-  // Keeps an order that is right already, which it is but for random ones.
+  // Only a random order has to be made anew each time.
   void arrange(std::vector<unsigned>& order, unsigned count) {
     if (!random_ && order.size() == count && (count < 2 || (order[0] > order[1]) == reverse_)) return;
     order.resize(count);

@@ -6,7 +6,7 @@
 // stricter than the hardware on purpose: naming a thread that has exited, or reaching a primitive on different source
 // lines, is an error here, since what a GPU makes of it depends on the architecture and on the compiler.
 //
-// The compiler tells of every access to memory that is not a thread's own (callbacks.cpp); the observer says what is
+// The compiler reports every access to memory that is not a thread's own (callbacks.cpp); the observer says what is
 // wrong with it (observer.cpp).
 #pragma once
 

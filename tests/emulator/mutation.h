@@ -1,5 +1,5 @@
-// For tools/check_mutants.py, which writes these into a copy of the kernels: mistakes that are made when they are asked
-// for. One build holds all of them; set_mutant() says which one to make, reached_mutants which could have been made.
+// Mistakes that tools/check_mutants.py writes into a copy of the kernels. One build holds all of them. set_mutant()
+// says which one to make, reached_mutants which ones could have been made.
 #pragma once
 
 namespace mutation {

@@ -15,8 +15,8 @@
 
 namespace emulator {
 
-// Where an instruction comes from, if addr2line is there to tell: the kernel's line, not that of the stand-in for a
-// toolkit's header which was inlined there.
+// Where an instruction comes from, if there is addr2line to tell: the kernel's line, not the line of a header's
+// stand-in that was inlined there.
 std::string source_of(const void* instruction) {
   Dl_info module;
   if (!instruction || !dladdr(instruction, &module)) return "";
@@ -54,7 +54,7 @@ class Observer {
       global_.erase(std::remove_if(global_.begin(), global_.end(), overlaps), global_.end());
     }
 #ifdef EMULATOR_ASAN
-    fresh = false;  // of what kernels write only atomics are seen
+    fresh = false;  // of the kernels' writes only atomics are seen
 #endif
     for (const Region& region : global_) {
       if (region.begin == address && region.bytes >= bytes) return;
@@ -107,8 +107,8 @@ class Observer {
     }
   }
 
-  // Reads the source at once. The destination is the thread's to write from now on, too: what others do with it must be
-  // over. AddressSanitizer, under which accesses by plain instructions go unseen here, checks the two memory functions.
+  // Reads the source at once. The thread may write the destination from now on, so others must be done with it. Under
+  // AddressSanitizer plain accesses go unseen here, and it checks the two memory functions itself.
   void copy_async(void* to, const void* from, size_t bytes, const void* instruction) {
     if (bytes != 4 && bytes != 8 && bytes != 16) {
       fail(format("asynchronous copy of %zu bytes%s: it must be 4, 8 or 16", bytes, source_of(instruction).c_str()));
@@ -134,7 +134,7 @@ class Observer {
     copy.bytes = uint32_t(bytes);
     copy.group = self.committed_groups;
     std::memcpy(copy.value, from, bytes);
-    std::memset(to, kPoison, bytes);  // for those who look too early where nobody watches
+    std::memset(to, kPoison, bytes);  // whoever reads too early finds this, even where nobody watches
   }
 
   void commit_copies() { ++running.thread->committed_groups; }
@@ -173,8 +173,8 @@ class Observer {
     running.thread->acquiring.push_back(at);
   }
 
-  // Shuffles and votes order no memory accesses, and __syncwarp only those of the lanes that it names: one that does
-  // not name all living lanes is taken for none.
+  // Shuffles and votes order no memory accesses, and __syncwarp only those of the lanes that it names. A __syncwarp
+  // that does not name all living lanes counts as none.
   void synchronize(const Call& call, const std::vector<Thread*>& members) {
     Block& block = *members[0]->block;
     switch (call.scope) {
@@ -258,7 +258,7 @@ class Observer {
     return region;
   }
 
-  // Of an address outside all regions: how far it is behind the end of the closest one before it.
+  // How far an address outside all regions is behind the end of the closest one before it.
   size_t distance(const void* address, Region** closest) {
     size_t least = 4096;
     const auto look = [&](Region& region) {
@@ -281,7 +281,7 @@ class Observer {
     return nullptr;
   }
 
-  // Of the block's own shared memory, if it is observed.
+  // Calls f for each cell of the block's own shared memory, if that is observed.
   template <class F>
   void each_shared_cell(const void* address, size_t bytes, F f) {
     Region* const region = find_shared(block(), address);
@@ -291,7 +291,7 @@ class Observer {
     for (size_t i = first; i <= last; ++i) f(region->cells[i]);
   }
 
-  // The running thread's, a new one after each of its barriers.
+  // The running thread's event: a new one after each of its barriers.
   EventId event(bool atomic) {
     const Thread& self = *running.thread;
     const Event now{self.block->id, self.rank,         self.warp(),
@@ -352,8 +352,8 @@ class Observer {
     }
   }
 
-  // The event that stands for a reader and the running thread. Of one block it is the later one's, by any of its
-  // threads; of several it is a list of these.
+  // The event that stands for a reader and the running thread. If both are of one block it is the later one's, by any
+  // of its threads; if not it is a list of the blocks' events.
   EventId several(EventId reader) {
     const Event other = events_[reader - first_event_];
     if (other.block == block().id) return several_of_block(reader);
@@ -400,7 +400,7 @@ class Observer {
          source_of(instruction));
   }
 
-  // Not inlined: observe() is as fast as what it does at each access is short.
+  // It is not inlined, to keep observe() short: that runs at each access.
   [[noreturn]] __attribute__((noinline, cold)) void report_pending(const Region& region, size_t granule, bool reads,
                                                                    const void* instruction) {
     const std::string writer = name(region.cells[granule].write & ~Cell::kPending);

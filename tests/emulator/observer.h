@@ -1,4 +1,4 @@
-// What the machine tells the observer of memory (observer.cpp), whom the compiler tells of every access (callbacks.h).
+// What the machine tells the observer of memory (observer.cpp). The compiler tells it of every access (callbacks.h).
 #pragma once
 
 #include <cstddef>

@@ -104,7 +104,7 @@ struct Allowance {
 };
 inline std::map<std::pair<const void*, int>, Allowance> allowances;
 
-inline std::map<std::string, int> runtime_calls;  // of each function, since somebody has looked
+inline std::map<std::string, int> runtime_calls;  // of each function, since the last look
 
 inline void count_call(const char* function) {
   const std::lock_guard<std::mutex> lock(runtime_mutex);
@@ -139,7 +139,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-// One device at a time is there.
+// There is one device at a time.
 inline cudaError_t cudaGetDevice(int* ordinal) {
   emulator::count_call("cudaGetDevice");
   *ordinal = emulator::device.ordinal;
@@ -155,7 +155,7 @@ struct cudaFuncAttributes {
   int ptxVersion, binaryVersion;
 };
 
-// Code for an older architecture was compiled for the device when it was loaded.
+// Loading compiles code for an older architecture for the device: hence the two versions.
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* /*kernel*/) {
   emulator::count_call("cudaFuncGetAttributes");
   const emulator::Device& device = emulator::device;
@@ -177,7 +177,7 @@ inline cudaError_t configure(const cudaLaunchConfig_t& config, const void* kerne
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) return cudaErrorInvalidConfiguration;
   const Allowance allowance = allowance_of(kernel);
-  const size_t most = std::max(device.shared_per_block, 48 * 1024);  // so much every device has, and no kernel asks for
+  const size_t most = std::max(device.shared_per_block, 48 * 1024);  // every device gives 48 KB without being asked
   if (config.dynamicSmemBytes > std::min(allowance.dynamic_shared_bytes, most)) {
     return cudaErrorInvalidValue;
   }
@@ -270,18 +270,18 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const 
 
 namespace emulator {
 
-// Not watched: parameters, which it hands to a kernel, are no memory.
+// It is not watched: the parameters that it hands to a kernel do not count as memory.
 template <class F>
 __attribute__((noinline, no_sanitize("thread"))) void call(void* f) {
   (*static_cast<F*>(f))();
 }
 
-// For tests. What another host thread does before a launch; it is called once.
+// For tests: what another host thread does before the next launch.
 inline std::function<void()> before_launch;
-// Whether kernels run: without, a launch is asked for, and checked, and no more.
+// Whether kernels run. Else a launch is only checked.
 inline bool runs_kernels = true;
 
-// A launch as a graph keeps it: what the kernel may use is looked at when it is replayed.
+// A launch as a graph keeps it. A replay looks at what the kernel may use by then.
 struct CapturedLaunch {
   const void* kernel;
   cudaLaunchConfig_t config;

@@ -95,7 +95,7 @@ std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)
 std::string format(uint3 index);
 std::string message(const Thread& thread, const std::string& what);
 
-// Of the running thread, which does not come back: the scheduler throws.
+// Ends the running thread, to which this does not return: the scheduler throws.
 [[noreturn]] void fail(const std::string& what);
 
 }  // namespace emulator

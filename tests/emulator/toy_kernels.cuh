@@ -1,4 +1,4 @@
-// Toy kernels for tests/test_emulator.py. They are right, but for what their parameters leave out.
+// Toy kernels for tests/test_emulator.py. They are right, except for what their parameters tell them to leave out.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
