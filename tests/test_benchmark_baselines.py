@@ -1,4 +1,4 @@
-"""What `make gpu` times beside ours: Triton's two passes, the backward pass alone, ours twice, and the cases."""
+"""What benchmarks time beside ours on a GPU: Triton's two passes, the backward pass alone, ours twice; and the cases."""
 
 import importlib.util
 import os
