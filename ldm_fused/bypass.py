@@ -47,7 +47,7 @@ def know(cls: type) -> None:
     computes."""
     file = getattr(cls.forward, "__globals__", {}).get("__name__")
     definer = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
-    # A forward from another file was put in its place by somebody.
+    # If its forward comes from another file, somebody has replaced it already.
     _FORWARD.setdefault(cls, cls.forward if file == definer.__module__ else None)
 
 

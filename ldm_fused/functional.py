@@ -102,7 +102,7 @@ def group_norm_act(
 
 def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, bias, eps, *, activation="silu",
                       pre_bias=None, scale=None, shift=None, dropout_p=0.0) -> Tensor:
-    """:func:`group_norm_act` that stores in ``out_dtype``, or None for x's, whatever autocast would do."""
+    """:func:`group_norm_act`, but it stores in ``out_dtype`` (None: x's dtype), whatever autocast would do."""
     a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
     if dropout_p == 0.0:
         return route(ops.GROUP_NORM_ACT, a)

@@ -164,7 +164,7 @@ def composed(a: Arguments) -> Tensor:
 
 
 def dropout_factors(a: Arguments) -> Tensor:
-    """What dropout multiplies each element by, in the dtype of arithmetic: the op on zeros, of which it makes ones."""
+    """What dropout multiplies each element by, in the arithmetic's dtype: the op itself makes these from zeros."""
     zeros = torch.zeros_like(_dense(a.x), dtype=accumulate_dtype(a.x.dtype))
     weight = zeros.new_zeros(a.x.shape[1])
     return below_autograd(group_norm_act, zeros, a.num_groups, weight, torch.ones_like(weight), 1.0, False, None, None,

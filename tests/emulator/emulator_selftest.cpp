@@ -203,7 +203,7 @@ PYBIND11_MODULE(emulator_selftest, m) {
     mistakes[name] = int(mistake);
   }
   m.attr("mistakes") = mistakes;
-  // The tiles, as bytes, of elements of so many bytes.
+  // `tiles` are bytes; an element has `bytes` of them.
   m.def("reverse_tiles", [](py::buffer tiles, int bytes, int mistake) {
     return (bytes == 4   ? run_reverse_tiles<int>
             : bytes == 8 ? run_reverse_tiles<int2>

@@ -50,8 +50,8 @@ class Fiber {
     void* stack =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
-    // Stacks grow down: an overflow faults instead of writing elsewhere. Only the first stacks are guarded so, since
-    // each guard is a mapping more, of which a process may have 65,530; all fibers of a kernel run the same code.
+    // Stacks grow down: an overflow faults instead of writing elsewhere. Only the first stacks are guarded so: each
+    // guard is one more mapping, and a process may have 65,530. All fibers of a kernel run the same code.
     if (created_++ < kGuarded) mprotect(stack, kGuardBytes, PROT_NONE);
     stack_ = static_cast<char*>(stack);
     reset();

@@ -145,7 +145,7 @@ void set_device(const std::map<std::string, int>& properties) {
   emulator::device = d;
 }
 
-// A kernel that does nothing, in one block with so many bytes of shared memory.
+// A kernel that does nothing, launched in one block with `shared_bytes` of shared memory.
 struct StandInParams {
   Residence residence;
   int device;

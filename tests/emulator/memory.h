@@ -33,7 +33,7 @@ struct Cell {
   EventId write = 0, read = 0;  // 0: none
 };
 
-// What a block has done, as far as somebody knows: all before its epoch, and in it what one thread has done.
+// What others know that a block has done: all before its epoch, and in that epoch what one thread has done.
 struct Known {
   static constexpr uint32_t kNobody = ~0u - 1;
 
