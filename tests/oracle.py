@@ -55,7 +55,7 @@ LAYOUTS = {"contiguous": None, "channels_last": {4: torch.channels_last, 5: torc
 
 
 def laid_out(x, layout):
-    """x in that memory format, or None where tensors of its rank have no such format."""
+    """x in that memory format, or None where it has none of the kind."""
     if layout == "contiguous":
         return x.contiguous()
     memory_format = LAYOUTS[layout].get(x.dim())
