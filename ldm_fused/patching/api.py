@@ -13,7 +13,7 @@ __all__ = ["is_patched", "patch", "patched", "unpatch"]
 
 
 def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: bool = False,
-          strict: bool = False) -> PatchReport:
+          strict: bool = False, fold_upsample: bool = False) -> PatchReport:
     """Fuses every GroupNorm and activation in ``model`` that is known, in place, and changes nothing else.
 
     An instance becomes one of a subclass of its class. It keeps its submodules, Parameters, state dict and the name of
@@ -27,12 +27,16 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
         norms: fuse GroupNorms outside of blocks.
         recompute: blocks keep no activated tensors for the backward pass, as ``FusedResnetBlock(recompute=True)``.
         strict: raise, and change nothing, if anything is skipped.
+        fold_upsample: compute nearest upsampling by two and the 3x3 convolution behind it as one convolution of the
+            small tensor, with the taps summed that meet the same pixel: 2.25 times fewer multiplications, and no tensor
+            of the upsampled size between. Weights are summed in float32 in each call, from the convolution's own, which
+            stay as they are; the sum is rounded once more, to their dtype.
 
     Raises:
         TypeError: if ``model`` is neither a module nor holds one.
         UnsupportedBlock: with ``strict``, with the report as its message.
     """
-    choice = Choice(named_modules(model), {"block": blocks, "norm": norms})
+    choice = Choice(named_modules(model), {"block": blocks, "norm": norms, "upsample": fold_upsample})
     found = choice.report
     if strict and found.skipped:
         raise UnsupportedBlock(str(found))

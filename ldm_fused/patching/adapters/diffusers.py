@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from ... import bypass
 from .. import swap
 from ..adapter import Block, channels
+from ..formula import Upsampling
 from ..pair import Parent
+from ..upsample import Upsample
 
 
 class ResnetBlock(Block):
@@ -144,10 +146,31 @@ class CogVideoXBlock(ResnetBlock):
         return self.resnet(block, inputs, **parts, temb=temb), after
 
 
+class Upsample2D(Upsample):
+    """Its forward also takes a size, and then runs as it is; it asks for sizes that nearest upsampling had trouble
+    with."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def known_of(self, module: nn.Module) -> Upsampling:
+        return Upsampling("conv" if module.name == "conv" else "Conv2d_0", (True, True))
+
+    def why_not(self, module: nn.Module) -> Optional[str]:
+        for name, expected in (("use_conv", True), ("use_conv_transpose", False), ("interpolate", True)):
+            if getattr(module, name) is not expected:
+                return f"its {name} is {getattr(module, name)}"
+        return "it has a norm" if module.norm is not None else super().why_not(module)
+
+    def why_called(self, module: nn.Module, known: Upsampling, x: Tensor) -> Optional[str]:
+        return self.why_not(module) or super().why_called(module, known, x)
+
+
 CLASSES = {
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
     "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
+    "diffusers.models.upsampling.Upsample2D": Upsample2D(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
     # These call the norm with one argument or two. Other ends are read.
     "diffusers.models.autoencoders.vae.Decoder": Parent("conv_norm_out", "conv_act"),
