@@ -131,9 +131,9 @@ def probability_of(dropout: Optional[Callable[[Tensor], Tensor]]) -> Optional[fl
     """The probability with which ``dropout`` zeroes an element now; None where it must be called."""
     if dropout is None:
         return 0.0
-    if type(dropout) is nn.Identity and bypass.why_not(dropout, nn.Identity) is None:
+    if type(dropout) is nn.Identity and bypass.module_obstacle(dropout, nn.Identity) is None:
         return 0.0
-    if not isinstance(dropout, nn.Module) or bypass.why_not(dropout, nn.Dropout) is not None:
+    if not isinstance(dropout, nn.Module) or bypass.module_obstacle(dropout, nn.Dropout) is not None:
         return None
     return dropout.p if dropout.training else 0.0
 
@@ -166,7 +166,7 @@ def norm_swish(
     if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):
         # Promoted or broadcast, as PyTorch does it.
         x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None
-    reason = decided(_why_not_norm_swish, norm, x, scale, shift, act)
+    reason = decided(_norm_swish_obstacle, norm, x, scale, shift, act)
     if reason is not None:
         x = _with_biases(x, conv_bias, pre_bias)
     count(x, reason)
@@ -201,12 +201,12 @@ def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tens
     return x if pre_bias is None else x + reference.per_channel(pre_bias, x)
 
 
-def _why_not_norm_swish(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
-    reason = bypass.why_not_norm(norm, x)
+def _norm_swish_obstacle(norm: nn.Module, x: Tensor, scale, shift, act) -> Optional[str]:
+    reason = bypass.norm_obstacle(norm, x)
     if reason is not None:
         return reason
     if act is not None:
-        reason = bypass.why_not_activation(act)
+        reason = bypass.activation_obstacle(act)
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):

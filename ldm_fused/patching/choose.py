@@ -150,7 +150,7 @@ class Choice:
             if not adapter.is_container:
                 self._taken.update(id(part) for part in module.modules())
             return
-        reason = "its forward is replaced" if adapter.method in vars(module) else adapter.why_not(module)
+        reason = "its forward is replaced" if adapter.method in vars(module) else adapter.obstacle(module)
         if reason is not None:
             self._skip(name, module, reason)
         else:

@@ -17,7 +17,7 @@ from ..upsample import Upsample
 class ResnetBlock(Block):
     """What the ResNet blocks have in common."""
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         return None if type(block.nonlinearity) is nn.SiLU else f"its activation is {type(block.nonlinearity).__name__}"
 
     def parts_of(self, block: nn.Module):
@@ -57,13 +57,13 @@ class ResnetBlock2D(ResnetBlock):
 class ResnetBlockCondNorm2D(ResnetBlock):
     """Both norms take scale and shift from the embedding. Norms that go by pixel, ``"spatial"``, are not fused."""
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         for norm in (block.norm1, block.norm2):
             if bypass.known_norm(norm) is None:
                 return f"its norm is {type(norm).__name__}"
             if norm.act is not None and not isinstance(norm.act, nn.Module):
                 return f"its norm's activation is {norm.act}"
-        return super().why_not(block)
+        return super().obstacle(block)
 
     def variant(self, block: nn.Module):
         return (type(block.norm1), type(block.norm1.act), block.output_scale_factor, type(block.upsample),
@@ -84,7 +84,7 @@ class ResnetBlockCondNorm2D(ResnetBlock):
 
 def _modulation(norm: nn.Module, temb: Tensor):
     called = functools.partial(norm, emb=temb)
-    if bypass.known_norm(norm) is None or bypass.why_not(norm, type(norm)) is not None:
+    if bypass.known_norm(norm) is None or bypass.module_obstacle(norm, type(norm)) is not None:
         return dict(called=called)  # scale and shift would be computed for nothing
     scale, shift = norm.linear(norm.act(temb) if norm.act is not None else temb).chunk(2, dim=1)
     return dict(scale=scale, shift=shift, called=called)
@@ -112,10 +112,10 @@ class TemporalResnetBlock(ResnetBlock):
 class CogVideoXBlock(ResnetBlock):
     """Its convolutions give what they keep for the next frames. Its decoder's norms go by pixel and are not fused."""
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         if block.spatial_norm_dim is not None:
             return f"its norms are {type(block.norm1).__name__}"
-        return super().why_not(block)
+        return super().obstacle(block)
 
     def variant(self, block: nn.Module):
         return hasattr(block, "temb_proj"), block.in_channels == block.out_channels, block.use_conv_shortcut
