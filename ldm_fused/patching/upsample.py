@@ -45,9 +45,9 @@ class Upsample(Adapter):
     def sites(self, module: nn.Module) -> Sequence[str]:
         return (self.known_of(module).conv,)
 
-    def why_not(self, module: nn.Module) -> Optional[str]:
+    def obstacle(self, module: nn.Module) -> Optional[str]:
         known = self.known_of(module)
-        return _why_not_foldable(module.get_submodule(known.conv), len(known.doubled))
+        return _folding_obstacle(module.get_submodule(known.conv), len(known.doubled))
 
     def variant(self, module: nn.Module):
         return self.known_of(module), self.told
@@ -59,37 +59,33 @@ class Upsample(Adapter):
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         known = self.known_of(module)
-        reason = decided(self.why_called, module, known, x)
+        reason = decided(self.call_obstacle, module, known, x)
         sites(module)[0].count(x, reason)
         if reason is not None:
             return swap.as_before(module, x)
         conv = module.get_submodule(known.conv)
         return upsampled(x, conv.weight, conv.bias, known.doubled)
 
-    def why_called(self, module: nn.Module, known: formula.Upsampling, x: Tensor) -> Optional[str]:
+    def call_obstacle(self, module: nn.Module, known: formula.Upsampling, x: Tensor) -> Optional[str]:
         """The reason why the class's own method must run, or None."""
         for name, value in zip(self.names, self.told):
             now = source.told(module, name)
             if now is not value and now != value:
                 return f"its {name} has changed since it was read"
         *containers, conv = _on_path(module, known.conv)
-        for container in containers:
-            if not formula.is_sequential(container) or len(container) != 1:
-                return f"it has a {type(container).__name__} before its convolution"
-            if bypass.why_call_differs(container) is not None:
-                return f"its {type(container).__name__}: {bypass.why_call_differs(container)}"
-        for up in module._modules.values():
-            if type(up) is nn.Upsample and bypass.why_not(up, nn.Upsample) is not None:
-                return f"its Upsample: {bypass.why_not(up, nn.Upsample)}"
-        reason = _why_not_foldable(conv, len(known.doubled))
-        if reason is None and not bypass.is_plain_convolution(conv, x.device):
-            reason = "its convolution is hooked, wrapped, changed or elsewhere"
-        if reason is None and (x.dim() != conv.weight.dim() or x.shape[1] != conv.in_channels):
-            reason = f"its input has another shape than ({conv.in_channels} channels, {len(known.doubled)} axes)"
-        return reason
-
-
-bypass.know(nn.Upsample)
+        parts = [*containers, *(up for up in module._modules.values() if type(up) is nn.Upsample)]
+        for part in parts:
+            reason = bypass.hooks_obstacle(part)
+            if reason is None and part in containers and not (formula.is_sequential(part) and len(part) == 1):
+                reason = "it has other parts than were read"
+            if reason is not None:
+                return f"its {type(part).__name__}: {reason}"
+        reason = bypass.convolution_obstacle(conv, x.device) or _folding_obstacle(conv, len(known.doubled))
+        if reason is not None:
+            return f"its convolution: {reason}"
+        if x.dim() != conv.weight.dim() or x.shape[1] != conv.in_channels:
+            return "its input is not what the convolution takes"
+        return None
 
 
 def _on_path(module: nn.Module, path: str) -> Sequence[nn.Module]:
@@ -100,7 +96,7 @@ def _on_path(module: nn.Module, path: str) -> Sequence[nn.Module]:
     return found
 
 
-def _why_not_foldable(conv: Optional[nn.Module], axes: int) -> Optional[str]:
+def _folding_obstacle(conv: Optional[nn.Module], axes: int) -> Optional[str]:
     base = next((cls for cls in _AXES if isinstance(conv, cls)), None)
     if base is None:
         return "it has no convolution" if conv is None else f"its convolution is a {type(conv).__name__}"

@@ -156,14 +156,14 @@ class Upsample2D(Upsample):
     def known_of(self, module: nn.Module) -> Upsampling:
         return Upsampling("conv" if module.name == "conv" else "Conv2d_0", (True, True))
 
-    def why_not(self, module: nn.Module) -> Optional[str]:
+    def obstacle(self, module: nn.Module) -> Optional[str]:
         for name, expected in (("use_conv", True), ("use_conv_transpose", False), ("interpolate", True)):
             if getattr(module, name) is not expected:
                 return f"its {name} is {getattr(module, name)}"
-        return "it has a norm" if module.norm is not None else super().why_not(module)
+        return "it has a norm" if module.norm is not None else super().obstacle(module)
 
-    def why_called(self, module: nn.Module, known: Upsampling, x: Tensor) -> Optional[str]:
-        return self.why_not(module) or super().why_called(module, known, x)
+    def call_obstacle(self, module: nn.Module, known: Upsampling, x: Tensor) -> Optional[str]:
+        return self.obstacle(module) or super().call_obstacle(module, known, x)
 
 
 CLASSES = {
