@@ -17,15 +17,20 @@ class PatchReport:
 
     Attributes:
         replaced: ``(qualified name, class, names of its norms)`` of what is fused.
-        skipped: ``(qualified name, class, reason)`` of what looks like a norm or a block and is not fused.
+        laid_out: ``(qualified name, class)`` of modules with weights that are laid out in another memory format.
+        skipped: ``(qualified name, class, reason)`` of what looks like a norm or a block and is not fused, of upsamplings
+            that are not folded, and of convolutions that are not laid out.
     """
 
     def __init__(self) -> None:
         self.replaced: List[Tuple[str, type, Tuple[str, ...]]] = []
+        self.laid_out: List[Tuple[str, type]] = []
         self.skipped: List[Tuple[str, type, str]] = []
 
     def __str__(self) -> str:
         lines = [f"patched {_table(self.replaced, lambda names: '')}" if self.replaced else "nothing new to patch"]
+        if self.laid_out:
+            lines.append(f"laid out {_table([(*row, '') for row in self.laid_out], str)}")
         if self.skipped:
             lines.append(f"skipped {_table(self.skipped, lambda reason: ': ' + reason)}")
         return "\n".join(lines)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import bypass
-from .. import swap
+from .. import layout, swap
 from ..adapter import Block, channels
 from ..formula import Upsampling
 from ..pair import Parent
@@ -48,7 +48,7 @@ class ResnetBlock2D(ResnetBlock):
             modulate = dict(zip(("scale", "shift"), temb.chunk(2, dim=1)))
         resample = block.upsample if block.upsample is not None else block.downsample
         parts = self.parts_of(block)
-        if block.training and parts["shortcut"] is not None:
+        if block.training and parts["shortcut"] is not None and not layout.is_laid_out(parts["shortcut"]):
             input_tensor = input_tensor.contiguous()
         return self.resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
                            resample=resample, scale=1.0 / block.output_scale_factor)
