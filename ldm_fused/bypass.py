@@ -2,6 +2,9 @@
 
 Offloading libraries replace ``forward`` in the instance and leave parameters on ``meta``, LoRA wraps convolutions,
 profilers hook modules. Where anything of the kind is found the module itself is called, and the result is right.
+
+A function named ``..._obstacle`` looks at what its name says, and gives the reason why that must not be fused, or None.
+The adapters' ``obstacle`` does so for one instance before it is patched, and ``call_obstacle`` for one call of it.
 """
 
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple, Union
@@ -15,19 +18,19 @@ from . import functional
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
 
-def always(norm: nn.Module) -> Optional[str]:
-    """Nothing stands against it."""
+def no_obstacle(module: nn.Module) -> Optional[str]:
+    """Of a class whose instances are fused whatever their attributes are."""
     return None
 
 
-WhyNot = Callable[[nn.Module], Optional[str]]  # the reason why an instance must be called, or None
+ObstacleOf = Callable[[nn.Module], Optional[str]]  # gives the obstacle that an instance's attributes are, or None
 
 
 class Norm(NamedTuple):
     """What is known of a class of norms that the fused op computes."""
 
     keeps_dtype: bool = False  # gives the input's dtype, also under CUDA autocast, where nn.GroupNorm gives float32
-    why_not_now: WhyNot = always
+    obstacle: ObstacleOf = no_obstacle
     activated: bool = False  # gives swish of what it has normalized
 
 
@@ -36,7 +39,7 @@ Known = Union[Norm, Callable[[nn.Module], Optional[Norm]]]  # of a class, or ask
 _FORWARD: Dict[type, Optional[Callable]] = {}
 _NORMS: Dict[type, Known] = {}
 _ACTIVATIONS = {nn.SiLU}
-_CONVOLUTIONS: Dict[type, Tuple[WhyNot, Callable]] = {}  # when not, and the class's _conv_forward
+_CONVOLUTIONS: Dict[type, Tuple[ObstacleOf, Callable]] = {}  # with the class's _conv_forward
 
 
 def know(cls: type) -> None:
@@ -64,10 +67,10 @@ def know_activation(cls: type) -> None:
     _ACTIVATIONS.add(cls)
 
 
-def know_convolution(cls: type, why_not_now: WhyNot = always) -> None:
-    """``cls`` adds its bias to what it computes without, but where ``why_not_now`` gives a reason."""
+def know_convolution(cls: type, obstacle: ObstacleOf = no_obstacle) -> None:
+    """``cls`` adds its bias to what it computes without it, unless ``obstacle`` gives a reason."""
     know(cls)
-    _CONVOLUTIONS.setdefault(cls, (why_not_now, cls._conv_forward))
+    _CONVOLUTIONS.setdefault(cls, (obstacle, cls._conv_forward))
 
 
 def knowledge(module: nn.Module) -> Tuple[Tuple[Any, ...], ...]:
@@ -107,14 +110,14 @@ def is_activation(module: nn.Module) -> bool:
     return type(module) in _ACTIVATIONS
 
 
-def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
-    """The reason why ``module`` must be called rather than bypassed as a plain ``cls``, or None.
+def module_obstacle(module: nn.Module, cls: type, device: Optional[torch.device] = None) -> Optional[str]:
+    """Looks at everything of ``module`` that may differ from a plain ``cls``.
 
     With ``device`` given, its parameters must be there.
     """
     if type(module) is not cls:
         return f"it is a {type(module).__name__}, not a plain {cls.__name__}"
-    reason = why_not_class(cls) or why_call_differs(module)
+    reason = class_obstacle(cls) or hooks_obstacle(module)
     if reason is not None:
         return reason
     if device is not None:
@@ -124,8 +127,8 @@ def why_not(module: nn.Module, cls: type, device: Optional[torch.device] = None)
     return None
 
 
-def why_not_class(cls: type) -> Optional[str]:
-    """The reason why no instance of ``cls`` may be bypassed, or None."""
+def class_obstacle(cls: type) -> Optional[str]:
+    """Looks at whether somebody has replaced the forward that all instances of ``cls`` share."""
     if cls.forward is not _FORWARD[cls] or cls._call_impl is not _CALL:
         return f"{cls.__name__}.forward is replaced"
     if issubclass(cls, nn.GroupNorm) and nn.GroupNorm.forward is not _FORWARD[nn.GroupNorm]:
@@ -133,17 +136,17 @@ def why_not_class(cls: type) -> Optional[str]:
     return None
 
 
-def why_call_differs(module: nn.Module) -> Optional[str]:
-    """The reason why whoever calls ``module`` gets, or is told, more than its class's forward, or None."""
-    reason = why_instance_differs(module)
+def hooks_obstacle(module: nn.Module) -> Optional[str]:
+    """Looks at what a call of ``module`` runs beside its class's forward: hooks of its own and global ones."""
+    reason = instance_obstacle(module)
     if reason is None and (_module._global_forward_hooks or _module._global_forward_pre_hooks
                            or _module._global_backward_hooks or _module._global_backward_pre_hooks):
         reason = "there are global module hooks"
     return reason
 
 
-def why_instance_differs(module: nn.Module) -> Optional[str]:
-    """The reason why calling ``module`` does more than its class's forward does, or None."""
+def instance_obstacle(module: nn.Module) -> Optional[str]:
+    """Looks at hooks and a replaced forward of ``module`` itself."""
     if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
         return "its forward is replaced"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -151,38 +154,45 @@ def why_instance_differs(module: nn.Module) -> Optional[str]:
     return None
 
 
-def why_not_norm(norm: nn.Module, x: Tensor) -> Optional[str]:
-    """The reason why ``norm(x)`` must be called, or None where the fused op may compute it."""
+def norm_obstacle(norm: nn.Module, x: Tensor) -> Optional[str]:
+    """Looks at everything that decides whether the fused op may compute ``norm(x)``."""
     cls = type(norm) if type(norm) in _NORMS else nn.GroupNorm
-    reason = why_not(norm, cls, x.device)
+    reason = module_obstacle(norm, cls, x.device)
     if reason is not None:
         return reason
     known = known_norm(norm)
     if known is None:
         return "its attributes have changed since it was read"
-    return why_not_beside(norm, x) or known.why_not_now(norm)
+    return weight_obstacle(norm, x) or known.obstacle(norm)
 
 
-def why_not_activation(act: nn.Module) -> Optional[str]:
-    """The reason why ``act`` must be called, or None where it computes swish."""
-    return why_not(act, type(act) if type(act) in _ACTIVATIONS else nn.SiLU)
+def activation_obstacle(act: nn.Module) -> Optional[str]:
+    """Looks at whether ``act`` is a module that computes swish, and nothing else."""
+    return module_obstacle(act, type(act) if type(act) in _ACTIVATIONS else nn.SiLU)
 
 
 def is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> bool:
     """Whether ``conv(x)`` is now ``conv._conv_forward(x, conv.weight, None)`` and its bias."""
+    return convolution_obstacle(conv, device) is None
+
+
+def convolution_obstacle(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> Optional[str]:
+    """Looks at everything that decides whether ``conv`` is a convolution that may be bypassed."""
     cls = type(conv)
     if cls not in _CONVOLUTIONS:
-        return False
-    why_not_now, conv_forward = _CONVOLUTIONS[cls]
-    if why_not(conv, cls, device) is not None or why_not_now(conv) is not None:
-        return False
+        return f"it is a {cls.__name__}, no convolution that is known"
+    obstacle, conv_forward = _CONVOLUTIONS[cls]
+    reason = module_obstacle(conv, cls, device) or obstacle(conv)
+    if reason is not None:
+        return reason
     if cls._conv_forward is not conv_forward or "_conv_forward" in conv.__dict__:
-        return False
-    return all(why_not_class(base) is None for base in cls.__mro__ if base in _CONVOLUTIONS)  # whose forward it calls
+        return "its _conv_forward is replaced"
+    bases = (base for base in cls.__mro__ if base in _CONVOLUTIONS)  # whose forward it calls
+    return next((reason for reason in map(class_obstacle, bases) if reason is not None), None)
 
 
-def why_not_beside(norm: nn.Module, x: Tensor) -> Optional[str]:
-    """The reason why the fused op would not take ``norm``'s parameters beside ``x``, or None."""
+def weight_obstacle(norm: nn.Module, x: Tensor) -> Optional[str]:
+    """Looks at whether the fused op takes the dtype and device of ``norm``'s weight beside ``x``."""
     weight = getattr(norm, "weight", None)
     if weight is None:
         return None

@@ -67,9 +67,9 @@ class FusedResnetBlock(reference.ResnetBlock):
         Raises:
             UnsupportedBlock: with the reason.
         """
-        reason = bypass.why_instance_differs(block)
+        reason = bypass.instance_obstacle(block)
         if reason is None and type(block) not in KNOWN_CLASSES:
-            reason = why_not_structure(block) or why_not_formula(block) or trial.difference(block, BLOCK)
+            reason = structure_obstacle(block) or formula_obstacle(block) or trial.difference(block, BLOCK)
         if reason is not None:
             raise UnsupportedBlock(f"{type(block).__name__} cannot be fused: {reason}")
         if type(block) not in KNOWN_CLASSES and not _takes_x_and_temb(type(block)):
@@ -132,7 +132,7 @@ KNOWN_CLASSES = {reference.ResnetBlock, FusedResnetBlock}
 # ---- from_module -----------------------------------------------------------------------------------------------
 
 
-def why_not_structure(block: nn.Module) -> Optional[str]:
+def structure_obstacle(block: nn.Module) -> Optional[str]:
     """The reason why ``block`` is not made of exactly the reference block's parts, or None."""
     children = dict(block._modules)
     shortcuts = {"nin_shortcut": 1, "conv_shortcut": 3}
@@ -144,7 +144,7 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
     for name, child in children.items():
         if name not in expected:
             return f"it has another submodule, {name}"
-        reason = bypass.why_not(child, expected[name])
+        reason = bypass.module_obstacle(child, expected[name])
         if reason is not None:
             return f"{name}: {reason}"
     if any(True for _ in block.parameters(recurse=False)) or any(True for _ in block.buffers()):
@@ -164,7 +164,7 @@ def why_not_structure(block: nn.Module) -> Optional[str]:
     return None
 
 
-def why_not_formula(block: nn.Module) -> Optional[str]:
+def formula_obstacle(block: nn.Module) -> Optional[str]:
     """The reason why ``block``'s forward is not the reference block's, or None."""
     try:
         read = read_block.read(block)

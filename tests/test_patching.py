@@ -399,7 +399,7 @@ def test_what_was_replaced_before_the_import_is_not_taken_for_the_class(monkeypa
     Norm.forward = lambda self, x: 2 * nn.GroupNorm.forward(self, x)
     bypass.know(Norm)
     try:
-        assert bypass.why_not(Norm(2, 4), Norm) == "Norm.forward is replaced"
+        assert bypass.module_obstacle(Norm(2, 4), Norm) == "Norm.forward is replaced"
     finally:
         del bypass._FORWARD[Norm]
 

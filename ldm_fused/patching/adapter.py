@@ -23,25 +23,26 @@ def sites(module: nn.Module) -> Tuple[Any, ...]:
 class Adapter:
     """How the instances of one class, and of no subclass, are fused. An adapter has no state: classes may share it.
 
-    :func:`ldm_fused.patch` asks :meth:`why_not` of each instance and tries :meth:`forward` against the class's own on a
-    small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in which
-    ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names; where another
-    argument is not its default, the class's own method runs. A class whose forward is the formula of a block needs no
-    adapter. :class:`Block` has an example. What is no block of two norms calls
-    :func:`ldm_fused.resnet_block.norm_swish`, which calls a norm that must not be bypassed, and tells a site of
-    :func:`sites` what it did.
+    :func:`ldm_fused.patch` asks for the :meth:`obstacle` of each instance and tries :meth:`forward` against the class's
+    own on a small copy with random weights, forward and backward. Then it swaps the instance's class for a subclass in
+    which ``method`` is :meth:`forward`. That takes the first of the class's arguments, as many as it names. Where
+    another argument is not its default, the class's own method runs.
+
+    A class whose forward is the formula of a block needs no adapter. :class:`Block` has an example. An adapter of
+    anything but a block of two norms calls :func:`ldm_fused.resnet_block.norm_swish` with the ``count`` of one of its
+    :func:`sites`: it fuses a norm or calls it, and counts which.
     """
 
     method = "forward"
     """The method that is taken over."""
 
     kind = "block"
-    """``"block"`` or ``"norm"``: which option of :func:`ldm_fused.patch` turns it off."""
+    """``"block"``, ``"norm"`` or ``"upsample"``: which option of :func:`ldm_fused.patch` decides on it."""
 
     is_container = False
     """Whether the class only holds parts: ``patch`` then reports nothing of its subclasses."""
 
-    def why_not(self, module: nn.Module) -> Optional[str]:
+    def obstacle(self, module: nn.Module) -> Optional[str]:
         """The reason why this instance cannot be fused, or None. ``patch`` asks once."""
         return None
 

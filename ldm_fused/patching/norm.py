@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from .. import bypass, functional
 
 
-def why_called(norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
-    """The reason why a norm, which counts as a ``cls``, must compute this call itself, hooks aside; or None."""
-    reason = bypass.why_not_class(cls) or bypass.why_not_beside(norm, x)
+def call_obstacle(norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
+    """The reason why a norm, which counts as a ``cls``, must compute this call itself, or None; its hooks aside, which
+    PyTorch calls around it."""
+    reason = bypass.class_obstacle(cls) or bypass.weight_obstacle(norm, x)
     if reason is not None:
         return reason
     known = bypass.known_norm(norm, cls)
-    return "its attributes have changed since it was read" if known is None else known.why_not_now(norm)
+    return "its attributes have changed since it was read" if known is None else known.obstacle(norm)
 
 
 def group_norm(norm: nn.Module, cls: type, x: Tensor, activation: Optional[str]) -> Tensor:

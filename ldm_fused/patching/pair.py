@@ -19,18 +19,18 @@ from .. import bypass
 from ..route import decided
 from . import swap
 from .adapter import STATE, Adapter, sites
-from .norm import group_norm, why_called
+from .norm import call_obstacle, group_norm
 
 
 class _Frame:
     """A parent's forward that is running."""
 
     def __init__(self, norm: nn.Module, act: Optional[nn.Module], count: Callable, passes_on: bool,
-                 why_not: Optional[str]) -> None:
+                 obstacle: Optional[str]) -> None:
         self.norm, self.act, self.count = norm, act, count
         self.passes_on = passes_on  # whether the activation passes on what the norm has activated
         self.called = False  # whether the norm was
-        self.why_not = why_not  # the reason why the two are not fused
+        self.obstacle = obstacle  # the reason why the two are not fused
         self.pending: Optional[Tensor] = None  # what the norm has activated and the activation has not seen
 
 
@@ -51,7 +51,7 @@ class Norm(Adapter):
         if frame is None or frame.norm is not norm:
             return swap.as_before(norm, input)
         frame.called = True
-        reason = decided(_why_apart, norm, frame, input)
+        reason = decided(_pair_obstacle, norm, frame, input)
         frame.count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
@@ -60,12 +60,12 @@ class Norm(Adapter):
         return y
 
 
-def _why_apart(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
+def _pair_obstacle(norm: nn.Module, frame: _Frame, x: Tensor) -> Optional[str]:
     """The reason why the norm and the activation are called, or None where the two are fused."""
     cls = swap.original(type(norm))
-    reason = frame.why_not or bypass.why_call_differs(norm) or why_called(norm, cls, x)
+    reason = frame.obstacle or bypass.hooks_obstacle(norm) or call_obstacle(norm, cls, x)
     if reason is None and frame.act is not None:
-        reason = bypass.why_not_class(swap.original(type(frame.act))) or bypass.why_call_differs(frame.act)
+        reason = bypass.class_obstacle(swap.original(type(frame.act))) or bypass.hooks_obstacle(frame.act)
         reason = reason and f"its activation: {reason}"
     return reason
 
@@ -95,14 +95,14 @@ class Parent(Adapter):
     def __init__(self, norm: str, act: str) -> None:
         self.norm, self.act = norm, act
 
-    def why_not(self, parent: nn.Module) -> Optional[str]:
+    def obstacle(self, parent: nn.Module) -> Optional[str]:
         norm = getattr(parent, self.norm)
         known = bypass.known_norm(norm)
         if known is None or known.activated:
             return f"{self.norm} is a {type(norm).__name__}, no norm that is known"
-        return self.not_swish(parent)
+        return self.activation_obstacle(parent)
 
-    def not_swish(self, parent: nn.Module) -> Optional[str]:
+    def activation_obstacle(self, parent: nn.Module) -> Optional[str]:
         act = getattr(parent, self.act, None)
         known = isinstance(act, nn.Module) and bypass.is_activation(act)
         return None if known else f"{self.act} is a {type(act).__name__}, not SiLU"
@@ -122,11 +122,11 @@ class Parent(Adapter):
     def forward(self, parent: nn.Module, *args, **kwargs):
         state, before = parent.__dict__[STATE], _here.frame
         _here.frame = frame = _Frame(getattr(parent, self.norm), self.activation(parent), sites(parent)[0].count,
-                                     self.passes_on(), state.why_not)
+                                     self.passes_on(), state.obstacle)
         try:
             result = self.body(parent, frame, *args, **kwargs)
             if frame.pending is not None:  # the forward does something else, and this result is wrong
-                frame.why_not = state.why_not = f"{self.act} was not called on what {self.norm} gave"
+                frame.obstacle = state.obstacle = f"{self.act} was not called on what {self.norm} gave"
                 frame.pending = None
                 result = self.body(parent, frame, *args, **kwargs)
             if not frame.called and "forward" in vars(frame.norm):
@@ -152,7 +152,7 @@ class ParentOfFunction(Parent):
     goes by the file: for it the forward runs unchanged, and the norm alone is fused.
     """
 
-    def not_swish(self, parent: nn.Module) -> Optional[str]:
+    def activation_obstacle(self, parent: nn.Module) -> Optional[str]:
         act = _global(swap.original(type(parent)).forward, self.act)
         return None if isinstance(act, FunctionType) and bypass.is_swish(act) else f"{self.act} is not swish"
 
@@ -218,7 +218,7 @@ def parent_of(module: nn.Module) -> Optional[Parent]:
         if act is not None:
             own, _, name = act.partition(".")
             found.append(Parent(norm, name) if own == "self" else ParentOfFunction(norm, act))
-    return found[0] if len(found) == 1 and found[0].why_not(module) is None else None
+    return found[0] if len(found) == 1 and found[0].obstacle(module) is None else None
 
 
 @functools.lru_cache(maxsize=1024)

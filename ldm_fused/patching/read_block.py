@@ -56,7 +56,7 @@ class ReadBlock(Block):
     def forward(self, block: nn.Module, x: Tensor, emb: Any = None) -> Tensor:
         given = isinstance(emb, Tensor)
         known = self.formulas.get((block.training if self.has_modes else False, given))
-        reason = decided(self.why_called, block, known, x, emb)
+        reason = decided(self.call_obstacle, block, known, x, emb)
         if reason is not None:
             for site in sites(block):
                 site.count(x, reason)
@@ -81,7 +81,7 @@ class ReadBlock(Block):
         return self.resnet(block, x, **parts, dropout=dropout, temb=emb, cast_temb=known.cast, modulate2=modulate,
                            scale=known.factor)
 
-    def why_called(self, block: nn.Module, known: Optional[formula.Block], x: Tensor, emb: Any) -> Optional[str]:
+    def call_obstacle(self, block: nn.Module, known: Optional[formula.Block], x: Tensor, emb: Any) -> Optional[str]:
         """The reason why the class's own method must run, or None."""
         if known is None or not isinstance(emb, Tensor) and emb is not self.default and emb != self.default:
             return "its second argument is another than was read"
@@ -95,7 +95,7 @@ class ReadBlock(Block):
             return "its arguments have other dimensions than were read"
         for path, layers in self.containers[known].items():
             container = _part(block, path)
-            reason = bypass.why_not(container, nn.Sequential)
+            reason = bypass.module_obstacle(container, nn.Sequential)
             if reason is None and not container._modules.keys() <= layers:
                 reason = f"it has {len(container)} layers"
             if reason is not None:

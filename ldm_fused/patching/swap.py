@@ -67,7 +67,7 @@ class State:
         self.adapter = adapter
         self.sites = tuple(Site(name) for name in adapter.sites(module))
         self.recompute = recompute
-        self.why_not: Optional[str] = None  # found out at run time
+        self.obstacle: Optional[str] = None  # found out at run time
         self.known = bypass.knowledge(module)
         # A class with ways of its own to be copied goes by them, and its copies are unpatched.
         cls = type(module)
@@ -85,7 +85,7 @@ def _revived(known, adapter: Adapter, sites: Tuple[Site, ...], recompute: bool) 
     bypass.learn(known)
     state = State.__new__(State)
     state.adapter, state.sites, state.recompute, state.known = adapter, sites, recompute, known
-    state.why_not, state.travels = None, True
+    state.obstacle, state.travels = None, True
     return state
 
 

@@ -12,7 +12,7 @@ from . import comfy, diffusers, own, plain
 
 CLASSES: Dict[str, Adapter] = {}
 NORMS: Dict[str, bypass.Norm] = {}
-CONVOLUTIONS: Dict[str, bypass.WhyNot] = {}
+CONVOLUTIONS: Dict[str, bypass.ObstacleOf] = {}
 for _library in (plain, own, diffusers, comfy):
     CLASSES.update(getattr(_library, "CLASSES", {}))
     NORMS.update(getattr(_library, "NORMS", {}))
@@ -22,10 +22,10 @@ for _library in (plain, own, diffusers, comfy):
 def known_classes() -> Dict[type, Adapter]:
     """The classes that have an adapter, among those that are imported now. Nothing is imported for it: a class whose
     file was not imported has no instances."""
-    for path, why_not_now in CONVOLUTIONS.items():
+    for path, obstacle in CONVOLUTIONS.items():
         cls = imported(path)
         if cls is not None:
-            bypass.know_convolution(cls, why_not_now)
+            bypass.know_convolution(cls, obstacle)
     for path, norm in NORMS.items():
         cls = imported(path)
         if cls is not None:

@@ -9,8 +9,8 @@ from ... import bypass
 from .plain import Norm
 
 
-def weights_change(layer: nn.Module) -> Optional[str]:
-    """What a layer does with its weights before it uses them, or None where it does nothing, as PyTorch's."""
+def layer_obstacle(layer: nn.Module) -> Optional[str]:
+    """Looks at whether a layer changes its weights before it uses them, as PyTorch's do not."""
     if getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ()):
         return "its weights go through functions first"
     if getattr(layer, "comfy_cast_weights", False) or getattr(layer, "parameters_manual_cast", False):
@@ -20,6 +20,6 @@ def weights_change(layer: nn.Module) -> Optional[str]:
 
 FILES = tuple(f"{file}.{ops}" for file in ("comfy.ops", "ldm_patched.modules.ops")
               for ops in ("disable_weight_init", "manual_cast")) + ("backend.operations.ForgeOperations",)
-NORMS = {f"{file}.GroupNorm": bypass.Norm(why_not_now=weights_change) for file in FILES}
-CONVOLUTIONS = {f"{file}.Conv{i}d": weights_change for file in FILES for i in (1, 2, 3)}
+NORMS = {f"{file}.GroupNorm": bypass.Norm(obstacle=layer_obstacle) for file in FILES}
+CONVOLUTIONS = {f"{file}.Conv{i}d": layer_obstacle for file in FILES for i in (1, 2, 3)}
 CLASSES = {name: Norm() for name in NORMS}

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from ... import bypass
-from .. import swap
+from .. import layout, swap
 from ..adapter import Block, channels
+from ..formula import Upsampling
 from ..pair import Parent
+from ..upsample import Upsample
 
 
 class ResnetBlock(Block):
     """What the ResNet blocks have in common."""
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         return None if type(block.nonlinearity) is nn.SiLU else f"its activation is {type(block.nonlinearity).__name__}"
 
     def parts_of(self, block: nn.Module):
@@ -46,7 +48,7 @@ class ResnetBlock2D(ResnetBlock):
             modulate = dict(zip(("scale", "shift"), temb.chunk(2, dim=1)))
         resample = block.upsample if block.upsample is not None else block.downsample
         parts = self.parts_of(block)
-        if block.training and parts["shortcut"] is not None:
+        if block.training and parts["shortcut"] is not None and not layout.is_laid_out(parts["shortcut"]):
             input_tensor = input_tensor.contiguous()
         return self.resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
                            resample=resample, scale=1.0 / block.output_scale_factor)
@@ -55,13 +57,13 @@ class ResnetBlock2D(ResnetBlock):
 class ResnetBlockCondNorm2D(ResnetBlock):
     """Both norms take scale and shift from the embedding. Norms that go by pixel, ``"spatial"``, are not fused."""
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         for norm in (block.norm1, block.norm2):
             if bypass.known_norm(norm) is None:
                 return f"its norm is {type(norm).__name__}"
             if norm.act is not None and not isinstance(norm.act, nn.Module):
                 return f"its norm's activation is {norm.act}"
-        return super().why_not(block)
+        return super().obstacle(block)
 
     def variant(self, block: nn.Module):
         return (type(block.norm1), type(block.norm1.act), block.output_scale_factor, type(block.upsample),
@@ -82,7 +84,7 @@ class ResnetBlockCondNorm2D(ResnetBlock):
 
 def _modulation(norm: nn.Module, temb: Tensor):
     called = functools.partial(norm, emb=temb)
-    if bypass.known_norm(norm) is None or bypass.why_not(norm, type(norm)) is not None:
+    if bypass.known_norm(norm) is None or bypass.module_obstacle(norm, type(norm)) is not None:
         return dict(called=called)  # scale and shift would be computed for nothing
     scale, shift = norm.linear(norm.act(temb) if norm.act is not None else temb).chunk(2, dim=1)
     return dict(scale=scale, shift=shift, called=called)
@@ -110,10 +112,10 @@ class TemporalResnetBlock(ResnetBlock):
 class CogVideoXBlock(ResnetBlock):
     """Its convolutions give what they keep for the next frames. Its decoder's norms go by pixel and are not fused."""
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         if block.spatial_norm_dim is not None:
             return f"its norms are {type(block.norm1).__name__}"
-        return super().why_not(block)
+        return super().obstacle(block)
 
     def variant(self, block: nn.Module):
         return hasattr(block, "temb_proj"), block.in_channels == block.out_channels, block.use_conv_shortcut
@@ -144,10 +146,31 @@ class CogVideoXBlock(ResnetBlock):
         return self.resnet(block, inputs, **parts, temb=temb), after
 
 
+class Upsample2D(Upsample):
+    """Its forward also takes a size, and then runs as it is; it asks for sizes that nearest upsampling had trouble
+    with."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def known_of(self, module: nn.Module) -> Upsampling:
+        return Upsampling("conv" if module.name == "conv" else "Conv2d_0", (True, True))
+
+    def obstacle(self, module: nn.Module) -> Optional[str]:
+        for name, expected in (("use_conv", True), ("use_conv_transpose", False), ("interpolate", True)):
+            if getattr(module, name) is not expected:
+                return f"its {name} is {getattr(module, name)}"
+        return "it has a norm" if module.norm is not None else super().obstacle(module)
+
+    def call_obstacle(self, module: nn.Module, known: Upsampling, x: Tensor) -> Optional[str]:
+        return self.obstacle(module) or super().call_obstacle(module, known, x)
+
+
 CLASSES = {
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
     "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
+    "diffusers.models.upsampling.Upsample2D": Upsample2D(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
     # These call the norm with one argument or two. Other ends are read.
     "diffusers.models.autoencoders.vae.Decoder": Parent("conv_norm_out", "conv_act"),

@@ -42,7 +42,7 @@ class AttentionBlock(Block):
     def sites(self, block: nn.Module) -> Sequence[str]:
         return "norm0", "norm1", "norm2"
 
-    def why_not(self, block: nn.Module) -> Optional[str]:
+    def obstacle(self, block: nn.Module) -> Optional[str]:
         norms = [getattr(block, name) for name in self.sites(block)]
         unknown = [type(norm).__name__ for norm in norms if bypass.known_norm(norm) is None]
         return f"its norm is {unknown[0]}" if unknown else None
@@ -70,7 +70,7 @@ class AttentionBlock(Block):
 
     def attention(self, block: nn.Module, x: Tensor) -> Tensor:
         norm = block.norm2
-        reason = decided(bypass.why_not_norm, norm, x)
+        reason = decided(bypass.norm_obstacle, norm, x)
         sites(block)[2].count(x, reason)
         h = norm(x) if reason is not None else group_norm(norm, type(norm), x, None)
         # (N, heads, channels a head, 3, pixels)

@@ -10,7 +10,7 @@ from ...resnet_block import norm_swish
 from ...route import decided
 from .. import swap
 from ..adapter import Adapter, channels, sites
-from ..norm import group_norm, why_called
+from ..norm import call_obstacle, group_norm
 
 
 class Norm(Adapter):
@@ -18,8 +18,8 @@ class Norm(Adapter):
 
     kind = "norm"
 
-    def why_not(self, norm: nn.Module) -> Optional[str]:
-        return bypass.why_not_class(type(norm))
+    def obstacle(self, norm: nn.Module) -> Optional[str]:
+        return bypass.class_obstacle(type(norm))
 
     def sites(self, norm: nn.Module) -> Sequence[str]:
         return ("",)
@@ -35,15 +35,15 @@ class Norm(Adapter):
 
     def forward(self, norm: nn.Module, input: Tensor) -> Tensor:
         cls = swap.original(type(norm))
-        reason = decided(self.why_called, norm, cls, input)
+        reason = decided(self.call_obstacle, norm, cls, input)
         sites(norm)[0].count(input, reason)
         if reason is not None:
             return swap.as_before(norm, input)
         return group_norm(norm, cls, input, "silu" if bypass.known_norm(norm, cls).activated else None)
 
-    def why_called(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
+    def call_obstacle(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
         """The reason why this call is not fused, or None."""
-        return why_called(norm, cls, x)
+        return call_obstacle(norm, cls, x)
 
 
 class Counted(Norm):
@@ -52,10 +52,10 @@ class Counted(Norm):
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def why_called(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
+    def call_obstacle(self, norm: nn.Module, cls: type, x: Tensor) -> Optional[str]:
         return self.reason
 
-    def why_not(self, norm: nn.Module) -> Optional[str]:
+    def obstacle(self, norm: nn.Module) -> Optional[str]:
         return None
 
 
@@ -69,12 +69,12 @@ class Sequential(Adapter):
         return [a for (a, norm), (_, act) in zip(parts, parts[1:])
                 if _is_norm_without_activation(norm) and bypass.is_activation(act)]
 
-    def why_not(self, sequential: nn.Sequential) -> Optional[str]:
-        reason = bypass.why_not_class(nn.Sequential)
+    def obstacle(self, sequential: nn.Sequential) -> Optional[str]:
+        reason = bypass.class_obstacle(nn.Sequential)
         parts = list(sequential._modules.values())
         for norm, act in zip(parts, parts[1:]):
             if reason is None and _is_norm_without_activation(norm) and bypass.is_activation(act):
-                reason = bypass.why_not_class(type(norm))
+                reason = bypass.class_obstacle(type(norm))
                 if reason is None and not bypass.is_swish(type(act).forward.__get__(act)):
                     reason = f"its {type(act).__name__} is not swish"
         return reason
