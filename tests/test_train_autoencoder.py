@@ -42,12 +42,11 @@ def trained(path, shown, *options):
 # ---- training
 
 
-STEPS = 200
-# How many times as far from float64 as eager training a fused one may be. How far rounding drives a curve is luck: eager
-# runs whose weights differ by half a unit in the last place are 0.7 to 1.3 times as far as one another, in float32 and
-# bfloat16, in each fifth of the run. In the first fifth in float32 that is 1e-5, so that small mistakes are seen.
-LUCK = 3
-FLOAT32 = 1.2e-5  # what is seen there
+STEPS = 160
+# How many times as far from float64 as eager training a fused one may be. Rounding grows while a model trains, and
+# where it leads is luck: of eager runs in float32 whose weights differ by half a unit in the last place, one was 1.3
+# times as far as another in the first fifth, 1.7 times in the third and 4.3 times in the last; in bfloat16 up to twice.
+LUCK = 6
 
 
 def curve(path, shown, *options):
@@ -74,15 +73,30 @@ def test_fused_training_follows_eager_training(tmp_path, shown, truth, options):
     assert (fused <= LUCK * eager).all(), (fused / eager).tolist()
 
 
-def test_a_gradient_that_is_off_by_a_thousandth_would_be_seen(tmp_path, shown, truth):
-    """In the first fifth of a run that has no other error. (Adam does not mind a factor.)"""
-    run = run_of(tmp_path, "--eager", "--dtype", "float64", "--steps", STEPS // 5)
-    for name, p in run.model.named_parameters():
-        if "norm1" in name:
-            p.register_hook(lambda g: g + 1e-3 * g.abs().mean())
-    run.train(shown)
-    first = truth[: STEPS // 5]
-    assert (torch.tensor(run.losses).double() / first - 1).square().mean().sqrt() > 4 * LUCK * FLOAT32
+class OffBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 1.01 * dy
+
+
+@pytest.mark.parametrize("mistake", [
+    lambda norm, x, groups, w, b, eps: norm(x, groups, w, b, 1e-5),  # where LDM has 1e-6
+    lambda norm, x, groups, w, b, eps: norm(x, groups, w, b.detach() + 0 * b, eps),
+    lambda norm, x, groups, w, b, eps: norm(OffBackward.apply(x), groups, w, b, eps)], ids=["eps", "dbias", "dx"])
+def test_mistakes_would_be_seen_in_the_first_fifth_in_float32(tmp_path, shown, truth, monkeypatch, mistake):
+    """In a run in float64 that has no other: what the tolerance above is worth."""
+    def first(name, dtype):
+        run = trained(tmp_path / name, shown, "--eager", "--dtype", dtype, "--steps", STEPS // 5)
+        return (torch.tensor(run.losses).double() / truth[: STEPS // 5] - 1).square().mean().sqrt()
+
+    rounding = first("float32", "float32")
+    norm = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda *arguments: mistake(norm, *arguments))
+    assert first("mistaken", "float64") > 2 * LUCK * rounding
 
 
 @pytest.mark.parametrize("options", [[], ["--fold-upsample", "--channels-last"]])
