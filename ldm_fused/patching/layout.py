@@ -51,6 +51,7 @@ def choose(modules: Iterable[Tuple[str, nn.Module]], memory_format: Optional[tor
                 found.append(Weight(module, which, p.stride()))
             elif reason is not None and isinstance(module, nn.modules.conv._ConvNd):
                 report.skipped.append((name, type(module), f"its {which} is not laid out: it {reason}"))
+                break  # its bias has no shape either
         if len(found) > before:
             report.laid_out.append((name, type(module)))
     return found

@@ -115,11 +115,12 @@ def upsampled(x: Tensor, weight: Tensor, bias: Optional[Tensor], doubled: Sequen
     """The convolution with ``weight`` (out, in, 3, ...), padded by one zero, of x (N, in, *) with the axes ``doubled``
     doubled.
 
-    The folded weight is made anew in each call: in float32, by what autograd can follow. It is not kept. Nothing tells
-    surely that a kept one is still right: writes to ``weight.data``, as optimizers' averages and merges of LoRA make,
-    change no version. And it costs little: see benchmarks/NOTES.md, which also has why a CPU takes the phases apart.
+    Its weights are made anew in each call: in float32, by what autograd can follow. They are not kept, for nothing tells
+    surely that kept ones are still right: writes to ``weight.data``, as averages of weights and merges of LoRA make,
+    change no version. What that costs, and the way that is taken, is in benchmarks/NOTES.md: the transposed convolution,
+    but for contiguous float32 on a CPU, which oneDNN would reorder for it.
     """
-    if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_transform():
+    if x.is_cpu:
         return by_phases(x, weight, bias, doubled)
     return transposed(x, weight, bias, doubled)
 
@@ -136,15 +137,17 @@ def transposed(x: Tensor, weight: Tensor, bias: Optional[Tensor], doubled: Seque
 
 def by_phases(x: Tensor, weight: Tensor, bias: Optional[Tensor], doubled: Sequence[bool]) -> Tensor:
     """:func:`upsampled` as one small convolution for each place that a pixel of the result has in a pixel of x."""
-    y = None
+    y, dtype = None, weight.dtype
+    # Cast once, so that autograd sums the phases' gradients in float32.
+    weight, bias = (t if t is None else t.to(accumulate_dtype(dtype)) for t in (weight, bias))
     for phase in product(*((0, 1) if doubles else (None,) for doubles in doubled)):
-        kernel = weight.to(accumulate_dtype(weight.dtype))
+        kernel = weight
         for axis, odd in enumerate(phase, 2):
             if odd is not None:
                 a, b, c = kernel.unbind(axis)
                 kernel = torch.stack((a + b, c) if odd else (a, b + c), axis)
         # Padded on both sides there is one result too many, which the other phase has.
-        part = _CONVOLVE[x.dim()](x, kernel.to(weight.dtype), bias, padding=1)
+        part = _CONVOLVE[x.dim()](x, kernel.to(dtype), None if bias is None else bias.to(dtype), padding=1)
         for axis, odd in enumerate(phase, 2):
             part = part if odd is None else part.narrow(axis, odd, x.shape[axis])
         if y is None:
