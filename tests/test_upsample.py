@@ -222,7 +222,7 @@ def replace_forward(conv):
     (lambda m: setattr(m.conv, "_conv_forward", lambda x, w, b: 0 * F.conv2d(x, w, b, padding=1)), "_conv_forward"),
     (lambda m: setattr(m.conv, "padding_mode", "circular"), "padding_mode=circular"),
     (lambda m: setattr(m, "with_conv", False), "its with_conv has changed"),
-], ids=["hook", "pre-hook", "forward", "parametrized", "wrapped", "_conv_forward", "attribute", "attribute of the class"])
+], ids=["hook", "pre-hook", "forward", "parametrized", "wrapped", "_conv_forward", "attribute", "the class's"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_convolution_that_was_changed_is_called(disturb, reason, order, load):
     model, x = randomize(load("somebodys.copy").Upsample(8)).double(), random(2, 8, 4, 3)

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
+from monai.networks.nets import autoencoderkl
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from support import check, randomize, results
+from taming.modules.diffusionmodules.model import Decoder
 from test_diffusers import autoencoder, reconstruct, reconstruct_unet, unet, unet_inputs
 
 import ldm_fused
@@ -50,7 +54,6 @@ def test_a_size_that_is_given_runs_the_class():
                                                                  elementwise_affine=True), "it has a norm"),
     (dict(kernel_size=1, padding=0), "its convolution is Conv2d")], ids=str)
 def test_other_upsamplings_are_reported(options, reason):
-    from diffusers.models.upsampling import Upsample2D
     model = Upsample2D(**{"channels": 32, "use_conv": True, **options})
     x = torch.randn(1, 32, 4, 4)
     expected = model(x)
@@ -60,7 +63,6 @@ def test_other_upsamplings_are_reported(options, reason):
 
 @pytest.mark.parametrize("name", ["conv", "Conv2d_0"])
 def test_the_convolutions_name(name):
-    from diffusers.models.upsampling import Upsample2D
     model, x = Upsample2D(32, use_conv=True, name=name).double(), torch.randn(1, 32, 5, 4).double()
     expected = model(x)
     ldm_fused.patch(model, fold_upsample=True, strict=True)
@@ -70,24 +72,23 @@ def test_the_convolutions_name(name):
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_monai(dims):
-    from monai.networks.nets import autoencoderkl
-    model = autoencoderkl.AutoencoderKL(spatial_dims=dims, in_channels=1, out_channels=1, channels=(16, 32), num_res_blocks=1,
-                          attention_levels=(False, False), latent_channels=2, norm_num_groups=8)
+    model = autoencoderkl.AutoencoderKL(spatial_dims=dims, in_channels=1, out_channels=1, channels=(16, 32),
+                                        num_res_blocks=1, attention_levels=(False, False), latent_channels=2,
+                                        norm_num_groups=8)
     x = torch.randn(1, 1, *(16, 8, 4)[:dims])
     patched, run = check(model, lambda m, x: m.reconstruct(x), [x], fused=20, fold_upsample=True)
     assert not patched.skipped and [site.calls > 0 for site in run.upsamplings] == [True]
 
 
 def test_monais_unet():
-    from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
     model = DiffusionModelUNet(spatial_dims=2, in_channels=1, out_channels=1, num_res_blocks=1, channels=(16, 32),
                                attention_levels=(False, True), norm_num_groups=8, num_head_channels=8)
-    patched, run = check(model, lambda m, x, t: m(x, t), [torch.randn(1, 1, 16, 8), torch.tensor([7])], fused=15, switches=BOTH)
+    inputs = [torch.randn(1, 1, 16, 8), torch.tensor([7])]
+    patched, run = check(model, lambda m, x, t: m(x, t), inputs, fused=15, switches=BOTH)
     assert not patched.skipped and len(run.upsamplings) == 1
 
 
 def test_taming():
-    from taming.modules.diffusionmodules.model import Decoder
     model = Decoder(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3,
                     resolution=16, z_channels=4)
     patched, run = check(model, lambda m, z: m(z), [torch.randn(2, 4, 8, 8)], fused=16, strict=True, switches=BOTH)
