@@ -61,7 +61,8 @@ def patch(model: Any, *, blocks: bool = True, norms: bool = True, recompute: boo
 
 
 def unpatch(model: Any) -> None:
-    """Gives every instance its former class back, and every weight its former strides; results are those of before ``patch``, to the bit.
+    """Gives every instance its former class back, and every weight its former strides; results are those of before
+    ``patch``, to the bit.
 
     Raises:
         RuntimeError: for a module whose class something else has changed since (``fully_shard``).

@@ -1,4 +1,4 @@
-"""Whether a graph is exactly the formula of a ResNet block, and which part has which role; or of a norm, or upsampling.
+"""Whether a graph is exactly the formula of a ResNet block, and which part has which role; or that of a norm.
 
 The graph tells the roles, whatever the parts are called. A node that has no place in the formula refuses the whole.
 """
@@ -20,7 +20,8 @@ DIVIDE = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 SIGMOID = {torch.sigmoid, F.sigmoid, "sigmoid"}
 CAST = {"to", "type", "type_as"}
 CHUNK = {torch.chunk, "chunk"}
-PURE = {getattr, operator.getitem, operator.eq, operator.ne, "size", "dim"}  # they change nothing: a node of these needs no place
+# They change nothing: a node of these needs no place.
+PURE = {getattr, operator.getitem, operator.eq, operator.ne, "size", "dim"}
 
 
 class Block(NamedTuple):
@@ -42,13 +43,6 @@ class Block(NamedTuple):
     modulation: Optional[Tuple[str, str]] = None  # the embedding's halves: "scale" and "shift", or the other way round
     cast: bool = False  # the class casts the embedding to the dtype of what it is added to
     factor: float = 1.0
-
-
-class Upsampling(NamedTuple):
-    """The path of the convolution, and which axes behind the second are doubled before it."""
-
-    conv: str
-    doubled: Tuple[bool, ...]
 
 
 class Reader:
@@ -217,19 +211,6 @@ class Reader:
             return self.take(node).args[0], p or None
         return node, None
 
-    def factor(self, node: Any, axis: int) -> Optional[int]:
-        """1 or 2, by which the size of x along ``axis`` is multiplied; or None."""
-        factor = 1
-        for n, other in (lambda t: (t, t[::-1]) if t else ())(self.terms(node, MULTIPLY)):
-            if other == 2 and isinstance(n, fx.Node):
-                self.take(node)
-                node, factor = n, 2
-                break
-        if not _is(node, {operator.getitem}) or node.args[1] not in (axis, axis - self.traced.inputs[0].meta["rank"]):
-            return None
-        shape = node.args[0]
-        return factor if shape.target is getattr and shape.args == (self.traced.inputs[0], "shape") else None
-
     def input(self, node: fx.Node) -> Tuple[fx.Node, bool]:
         """x, and whether it is made contiguous first."""
         contiguous = False
@@ -349,47 +330,6 @@ def _of_rank(node: Any, rank: int) -> Any:
     return node
 
 
-# ---- Upsampling --------------------------------------------------------------------------------------------------
-
-
-def upsampling(traced: Traced, module: nn.Module) -> Upsampling:
-    """
-    Raises:
-        Unreadable: where it is anything but nearest upsampling and a convolution.
-    """
-    r = Reader(traced, module)
-    x, node = traced.inputs[0], r.output.args[0]
-    conv = r.part(node)
-    if conv is None:
-        raise Unreadable("it does not end in a convolution")
-    path, node = r.take(node).target, r.take(node).args[0]
-    while is_sequential(conv) and len(conv) == 1:  # MONAI's
-        [(name, conv)] = conv._modules.items()
-        path = f"{path}.{name}"
-    options = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
-    up = r.part(node)
-    if type(up) is nn.Upsample:
-        options.update((name, getattr(up, name)) for name in (*options, "recompute_scale_factor"))
-    elif _is(node, {F.interpolate}):
-        options.update(zip(("input", "size", "scale_factor", "mode", "align_corners"), node.args), **node.kwargs)
-    else:
-        raise Unreadable(f"{node} comes before its convolution, and is no interpolation")
-    if r.take(node).args[:1] != (x,) and options.pop("input", None) is not x:
-        raise Unreadable(f"{node} is not of its input")
-    size, factors, mode = options["size"], options["scale_factor"], options["mode"]
-    if mode not in ("nearest", "nearest-exact") or options.get("antialias"):
-        raise Unreadable(f"it interpolates by {mode!r}")
-    axes = x.meta["rank"] - 2
-    if size is None:
-        factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors,) * axes
-    else:
-        factors = tuple(r.factor(n, axis) for axis, n in enumerate(size, 2)) if isinstance(size, (tuple, list)) else ()
-    if len(factors) != axes or not set(factors) <= {1, 2} or 2 not in factors:
-        raise Unreadable(f"it does not double: its sizes are {size}, its factors {factors}")
-    r.finish()
-    return Upsampling(path, tuple(factor == 2 for factor in factors))
-
-
 # ---- Norms and activations -------------------------------------------------------------------------------------------
 
 
@@ -465,11 +405,6 @@ def is_swish(traced: Traced, module: nn.Module) -> bool:
         return False
     r.finish()
     return True
-
-
-def is_sequential(module: nn.Module) -> bool:
-    """Whether it calls its parts one after the other, and does nothing else."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _is(node: Any, targets) -> bool:

@@ -1,7 +1,7 @@
 """A whole model in channels_last: its weights are laid out once, and each keeps the strides that it had.
 
-A convolution whose weight is in channels_last gives its output so, whatever its input is, on CPUs and on CUDA. Hence the
-first one brings the activations there, and what comes behind keeps them: norms and residuals of this library,
+A convolution whose weight is in channels_last gives its output so, whatever its input is, on CPUs and by cuDNN. Hence
+the first one brings the activations there, and what comes behind keeps them: norms and residuals of this library,
 convolutions, interpolation, padding and concatenation of PyTorch. No hook is needed at the model's entry, which
 ``encode`` and ``decode`` would go around.
 """
@@ -51,6 +51,7 @@ def choose(modules: Iterable[Tuple[str, nn.Module]], memory_format: Optional[tor
                 found.append(Weight(module, which, p.stride()))
             elif reason is not None and isinstance(module, nn.modules.conv._ConvNd):
                 report.skipped.append((name, type(module), f"its {which} is not laid out: it {reason}"))
+                break  # its bias has no shape either
         if len(found) > before:
             report.laid_out.append((name, type(module)))
     return found

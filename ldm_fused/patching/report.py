@@ -18,8 +18,8 @@ class PatchReport:
     Attributes:
         replaced: ``(qualified name, class, names of its norms)`` of what is fused.
         laid_out: ``(qualified name, class)`` of modules with weights that are laid out in another memory format.
-        skipped: ``(qualified name, class, reason)`` of what looks like a norm or a block and is not fused, of upsamplings
-            that are not folded, and of convolutions that are not laid out.
+        skipped: ``(qualified name, class, reason)`` of what looks like a norm or a block and is not fused, and with the
+            switches for them of upsamplings that are not folded, and of convolutions that are not laid out.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,8 @@ def _table(rows: Sequence[Tuple[str, type, Any]], tell: Callable[[Any], str]) ->
 
 
 class SiteReport(NamedTuple):
-    """One norm, or one convolution behind an upsampling: ``calls`` and ``bytes`` that were fused, and ``fallbacks``, {reason: calls}, with their bytes."""
+    """One norm, or one convolution behind an upsampling: ``calls`` and ``bytes`` that were fused, and ``fallbacks``,
+    {reason: calls}, with their bytes."""
 
     name: str
     calls: int

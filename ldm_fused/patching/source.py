@@ -1,8 +1,8 @@
 """What a trace of a function does not see and its source says: what it branches on, and what it does beside.
 
 A trace follows one way through the code. It stands for all calls only if that way depends on nothing but attributes of
-``self``, which each call checks again, whether an argument is None, how many dimensions a tensor has, and whether it has
-the channels that ``self`` says.
+``self``, which each call checks again, whether an argument is None, how many dimensions a tensor has, and whether it
+has the channels that ``self`` says.
 """
 
 import ast

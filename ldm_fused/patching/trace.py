@@ -119,10 +119,10 @@ class _Tracer(fx.Tracer):
 
     def to_bool(self, obj):
         node = obj.node
-        if node.target in (operator.eq, operator.ne) and isinstance(node.args[1], int) and self.is_channels(node.args[0]):
-            self.channels.append(node.args[1])
-            return node.target is operator.eq
-        return super().to_bool(obj)
+        if node.target not in (operator.eq, operator.ne) or not self.is_channels(node.args[0]):
+            return super().to_bool(obj)
+        self.channels.append(node.args[1])
+        return node.target is operator.eq
 
     def is_channels(self, node):
         """Whether a node is ``x.shape[1]`` of the first input."""

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from ... import bypass
 from .. import layout, swap
 from ..adapter import Block, channels
-from ..formula import Upsampling
 from ..pair import Parent
-from ..upsample import Upsample
+from ..upsample import Upsample, Upsampling
 
 
 class ResnetBlock(Block):
