@@ -335,7 +335,7 @@ def summary(rows: List[ModelRow], args) -> str:
 
 LEGEND = """\
 training: forward and backward of encoding and decoding a picture, all gradients. patch+layout: channels_last.
-ms: median of one call, the ways in turn. peak: the most bytes of live tensors during a call, above weights and input.
+ms: median of one call, the ways in turn. peak: the most memory allocated during a call, above weights and input.
 kept: what autograd keeps for the backward pass. error: root mean square, against float64, over eager's; in training
 the worst of the picture's, the input's gradient's and the parameters'. PSNR: of the result's range, against float64."""
 
@@ -376,7 +376,7 @@ def in_short(rows: List[ModelRow]) -> str:
     accuracy = f"error at most {times(max(cell.error for cell in cells))} eager's"
     accuracy += f", PSNR {min(psnrs):.1f} dB or more" if psnrs else ""
     mean = f" ({len(rows)} cases, geometric means)" if len(rows) > len(groups) else ""
-    return "\n".join([f"In short, {best}{mean}:", f"  time: {'; '.join(timed)}", f"  memory: {'; '.join(memory)}",
+    return "\n".join([f"In short, {best}{mean}:", f"  time: {'; '.join(timed)}", f"  memory, of eager's: {'; '.join(memory)}",
                       f"  against float64: {accuracy}"])
 
 
@@ -395,8 +395,8 @@ def bytes_of(group: Sequence[ModelRow], best: str) -> str:
     found = []
     for what, name in (("peak_bytes", "peak"), ("kept_bytes", "kept for the backward pass")):
         mean = geometric_mean(filter(None, (row.ratio(best, what) for row in group)))
-        found += [f"{times(mean)} {name}"] if mean else []
-    return f"{group[0].mode} {', '.join(found)} of eager's" if found else ""
+        found += [f"{name} {times(mean)}"] if mean else []
+    return f"{group[0].mode} {', '.join(found)}" if found else ""
 
 
 def faster(rows: Sequence[ModelRow], name: str, best: str) -> str:

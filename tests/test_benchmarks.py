@@ -499,7 +499,7 @@ def test_a_model_is_timed_in_each_way_with_its_memory_and_its_error(small, tmp_p
             assert kept == sorted(kept) and len(set(kept)) == 3
     *_, time, memory, accuracy = capsys.readouterr().out.rstrip().split("\n")
     assert time.startswith("  time: decode is ") and "x eager and " in time and "; training is " in time
-    assert memory.startswith("  memory: decode ") and "kept for the backward pass of eager's" in memory
+    assert memory.startswith("  memory, of eager's: decode peak ") and ", kept for the backward pass 0." in memory
     assert accuracy.startswith("  against float64: error at most ") and accuracy.endswith(" dB or more")
 
 
