@@ -4,7 +4,7 @@ Submodules carry the names that LDM and Stable Diffusion checkpoints use, so tha
 the block class. Weights are random: speed and rounding do not need trained ones.
 """
 
-from typing import Callable, Sequence
+from typing import Callable, Sequence, Tuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -154,10 +154,14 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(block, norm_act, *sizes)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
+        self.latent_channels = embed_dim
+
+    def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latent's distribution, (N, embed_dim, H/8, W/8) each."""
+        return self.quant_conv(self.encoder(x)).chunk(2, dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
-        mean, _ = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean
+        return self.moments(x)[0]
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))

@@ -1,19 +1,16 @@
-"""--model diffusers-vae and diffusers-unet: a real model of diffusers before and after ``ldm_fused.patch``.
+"""--model diffusers-*: real models of diffusers, with the interface of ``benchmarks.autoencoder``.
 
-Configurations are those of Stable Diffusion 1.5, written here, and weights are random: nothing is downloaded.
+Configurations are written here, and weights are random: nothing is downloaded.
 ``python -m benchmarks.diffusers_models`` prints how long ``patch`` itself takes.
 """
 
-import copy
 import sys
 import time
-from typing import Callable, Dict, List
 
 import torch
 from torch import Tensor, nn
 
 import ldm_fused
-from benchmarks.providers import MEMORY_FORMATS, PROVIDERS, Contender, compiled, randomize_norms
 
 VAE = dict(
     block_out_channels=(128, 256, 512, 512),
@@ -29,32 +26,42 @@ UNET = dict(
     attention_head_dim=8,
     sample_size=64,
 )
+UNET_CHANNELS = 4
+CONFIGURATIONS = {
+    "diffusers-vae": VAE,
+    "diffusers-flux-vae": {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
+    "diffusers-unet": UNET,
+}
 TITLES = {
-    "diffusers-vae": "diffusers' AutoencoderKL as Stable Diffusion 1.5 has it, encode and decode",
+    "diffusers-vae": "diffusers' AutoencoderKL as Stable Diffusion 1.5 and XL have it",
+    "diffusers-flux-vae": "diffusers' AutoencoderKL as FLUX has it",
     "diffusers-unet": "diffusers' UNet2DConditionModel as Stable Diffusion 1.5 has it, one step",
 }
-PATCHES: Dict[str, Callable[[nn.Module], object]] = {
-    "eager": lambda model: None,
-    "ours": ldm_fused.patch,
-    "again": ldm_fused.patch,
-    "recompute": lambda model: ldm_fused.patch(model, recompute=True),
-}
 
 
-class Reconstruction(nn.Module):
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderKL from tensor to tensor."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.latent_channels = model, model.config.latent_channels
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.model.encode(x).latent_dist.mean
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.model.decode(z).sample
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x).sample
 
 
-class Step(Reconstruction):
+class Step(nn.Module):
     """One step of denoising, the time and the text fixed."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+        super().__init__()
+        self.model, self.latent_channels = model, UNET_CHANNELS
         context = torch.randn(1, 77, model.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
         self.register_buffer("context", context)
 
@@ -67,29 +74,9 @@ def make(name: str) -> nn.Module:
         from diffusers import AutoencoderKL, UNet2DConditionModel
     except ImportError:
         sys.exit(f"--model {name} needs diffusers: pip install diffusers")
-    if name == "diffusers-vae":
-        return Reconstruction(AutoencoderKL(**VAE))
-    return Step(UNet2DConditionModel(**UNET))
-
-
-def latent(resolution: int) -> Tensor:
-    """What the UNet takes for a picture of that size."""
-    sizes = (1, 4, resolution // 8, resolution // 8)
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(2))
-
-
-def build(names: List[str], args, layout: str, dtype: torch.dtype) -> List[Contender]:
-    """The model of each provider, all with the same Parameters; the compiled one is the model as it was."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    model = randomize_norms(make(args.model)).to(args.device, dtype, memory_format=MEMORY_FORMATS[layout])
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    contenders = []
-    for name in names:
-        own = copy.deepcopy(model, dict(shared))
-        PATCHES.get(name, PATCHES["eager"])(own)
-        contenders.append(Contender(name, compiled(own, PROVIDERS[name]), list(own.parameters())))
-    return contenders
+    if name == "diffusers-unet":
+        return Step(UNet2DConditionModel(**UNET))
+    return Autoencoder(AutoencoderKL(**CONFIGURATIONS[name]))
 
 
 def seconds_to_patch(model: nn.Module) -> float:

@@ -3,11 +3,12 @@
 import ctypes
 import datetime
 import gc
+import itertools
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Callable, Dict, Optional
 
 import torch
 
@@ -130,23 +131,18 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def reset_peak(device) -> int:
-    """Starts a new measurement of peak memory after giving back what is no longer used; returns what is in use."""
+def peak_bytes(run: Callable[[], object], device) -> int:
+    """The most bytes that torch's allocator has handed out at a time while `run` runs, above what it had before: for
+    tensors, and for what an op needs by itself. On a CPU by the profiler, which sees each allocation."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        pass
-    return proc_fields("/proc/self/status").get("VmRSS", 0)
-
-
-def peak_bytes(device) -> Optional[int]:
-    """Peak memory since reset_peak: allocated by torch on CUDA, resident in the process otherwise."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return proc_fields("/proc/self/status").get("VmHWM")
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(sizes, initial=0))

@@ -162,14 +162,11 @@ def kept_bytes(contender: Contender, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(contender: Contender, mode: str, inputs: Inputs) -> Optional[int]:
-    """Peak memory of a pass above what was in use before it (weights, and on a CPU whatever the process has become)."""
-    device = inputs[0].device
-    before = machine.reset_peak(device)
+def peak_bytes(contender: Contender, mode: str, inputs: Inputs) -> int:
+    """The most bytes that torch's allocator has handed out at a time during a pass, above what it had before."""
+    run = runner(contender, mode)
     with torch.set_grad_enabled(mode != "forward"):
-        runner(contender, mode)(*inputs)
-    peak = machine.peak_bytes(device)
-    return None if peak is None else peak - before
+        return machine.peak_bytes(lambda: run(*inputs), inputs[0].device)
 
 
 # ---- timing
@@ -215,13 +212,16 @@ class Turn:
     times: Dict[str, List[float]] = field(default_factory=lambda: {"wall": [], "device": []})
 
     def measure(self, seconds: float) -> None:
-        """Blocks of calls for so long with each timer, and at least two of them."""
+        """Blocks of calls for so long with each timer, and at least one of them."""
         for clock, timer in self.timers.items():
+            blocks = []
             if clock not in self.numbers:
                 timer.timeit(1)
-                self.numbers[clock] = max(1, round(BLOCK / timer.timeit(1)))
-            number, blocks = self.numbers[clock], []
-            while len(blocks) < 2 or sum(blocks) < seconds:
+                first = timer.timeit(1)
+                self.numbers[clock] = max(1, round(BLOCK / first))
+                blocks = [first] if self.numbers[clock] == 1 else []
+            number = self.numbers[clock]
+            while not blocks or sum(blocks) < seconds:
                 blocks.append(timer.timeit(number))
             self.times[clock] += [block / number for block in blocks]
 
@@ -282,15 +282,13 @@ def time_in_turn(
             for turn in in_order if done % 2 == 0 else reversed(in_order):
                 turn.measure(min_run_time / 6)
             done += 1
-            rounds = enough_rounds(max((turn.times["wall"][0] for turn in turns.values()), default=0), min_run_time)
+            rounds = enough_rounds(max((turn.times["wall"][0] for turn in turns.values()), default=0))
     return {name: turn.timing() for name, turn in turns.items()}
 
 
-def enough_rounds(slowest: float, min_run_time: float) -> int:
-    """Six, and fewer where one call already takes long: a round is at least two calls of everybody."""
-    if slowest < min_run_time:
-        return 6
-    return 4 if slowest < 5 else 2
+def enough_rounds(slowest: float) -> int:
+    """Six, and fewer where one call already takes long: a round is a call of everybody."""
+    return 6 if slowest < 5 else 4
 
 
 def copy_runner(sets: List[Inputs]) -> Callable[..., None]:

@@ -1,252 +1,405 @@
-"""--model: a whole LDM kl-f8 autoencoder with each block implementation in turn, or a model of diffusers patched."""
+"""--model: a whole model as PyTorch runs it, and as ``ldm_fused.patch`` makes it: time, memory and error."""
 
+import copy
 import itertools
 import math
-import sys
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import diffusers_models, measure
+import ldm_fused
+from benchmarks import diffusers_models, machine, measure
 from benchmarks.autoencoder import AutoencoderKL
-from benchmarks.providers import MEMORY_FORMATS, OTHERS, PROVIDERS, Contender, compiled, randomize_norms
-from benchmarks.report import Cell, Progress, aligned, scaled, times
+from benchmarks.providers import Contender, NormSwish, randomize_norms
+from benchmarks.report import Cell, Progress, aligned, geometric_mean, scaled, times
+from ldm_fused import reference
 
-TITLES = {
-    "ldm": "LDM kl-f8 autoencoder, encode and decode",
-    "ldm-decoder": "LDM kl-f8 autoencoder, decode",
-    **diffusers_models.TITLES,
+TITLES = {"ldm": "LDM's kl-f8 autoencoder", **diffusers_models.TITLES}
+FOLD, LAYOUT = {"fold_upsample": True}, {"memory_format": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run: as it is, or with these options of ``patch``."""
+
+    patch: Optional[Dict[str, object]] = None
+    channels_last: bool = False  # weights, and the input
+    compiled: str = ""  # "before" patch or "after" it
+    replayed: bool = False  # as a CUDA graph
+
+    @property
+    def laid_out(self) -> bool:
+        return self.channels_last or "memory_format" in (self.patch or {})
+
+
+WAYS = {
+    "eager": Way(),
+    "channels_last": Way(channels_last=True),
+    "compile": Way(compiled="after"),
+    "patch": Way({}),
+    "patch+layout": Way(LAYOUT),
+    "patch+fold": Way(FOLD),
+    "patch+both": Way({**FOLD, **LAYOUT}),
+    "patch+both+graph": Way({**FOLD, **LAYOUT}, replayed=True),
+    "patch+both+compile": Way({**FOLD, **LAYOUT}, compiled="after"),
+    "compile+patch+both": Way({**FOLD, **LAYOUT}, compiled="before"),
+    "patch+recompute": Way({"recompute": True}),
+    "again": Way({**FOLD, **LAYOUT}),
 }
+BEST = ("patch+both", "patch+layout", "patch+fold", "patch")  # of those that run, the first is what the end is about
+PEERS = ("channels_last", "compile")  # what a user has without ldm_fused
 
 
 @dataclass
 class ModelRow:
-    """A model forward or in training, by each provider."""
+    """One task of a model at one size, in each way."""
 
     model: str
     mode: str
-    layout: str
     dtype: str
     device: str
     resolution: int
-    picture: str
     cells: Dict[str, Cell] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        return f"{'autoencoder' if self.model == 'ldm' else self.model} {self.mode}"
+        return f"{self.mode} {self.resolution} x {self.resolution} {self.dtype}"
 
     def seconds(self, name: str) -> Optional[float]:
         return self.cells[name].seconds("wall") if name in self.cells else None
 
     def speedup(self, name: str) -> Optional[float]:
-        mine, other = self.seconds("ours"), self.seconds(name)
-        return other / mine if mine and other else None
+        """Over eager."""
+        return quotient(self.seconds("eager"), self.seconds(name))
 
-    def kept_ratio(self, name: str) -> str:
-        """What is kept over what eager keeps, for the table."""
-        mine, eager = (self.cells[n].kept_bytes if n in self.cells else None for n in (name, "eager"))
-        return f"{mine / eager:.3f}x" if mine and eager else "n/a"
+    def ratio(self, name: str, what: str) -> Optional[float]:
+        """``peak_bytes`` or ``kept_bytes`` over eager's."""
+        mine, eager = (getattr(self.cells.get(n, Cell()), what) for n in (name, "eager"))
+        return quotient(mine, eager)
 
     def as_dict(self) -> Dict[str, object]:
         numbers = {
             name: {
                 "wall_seconds": cell.seconds("wall"),
-                "speedup_of_ours": self.speedup(name),
-                "kept_bytes": cell.kept_bytes,
+                "wall_interval": cell.timing.interval("wall") if cell.timing else None,
+                "speedup": self.speedup(name),
                 "peak_bytes": cell.peak_bytes,
-                "difference": cell.error if cell.error is not None and math.isfinite(cell.error) else None,
+                "kept_bytes": cell.kept_bytes,
+                "error_over_eager": cell.error if cell.error is not None and math.isfinite(cell.error) else None,
+                "psnr": cell.psnr,
                 "reason": cell.reason,
             }
             for name, cell in self.cells.items()
         }
-        case = {k: getattr(self, k) for k in ("model", "mode", "layout", "dtype", "device", "resolution", "picture")}
+        case = {k: getattr(self, k) for k in ("model", "mode", "dtype", "device", "resolution")}
         return {"level": "model", **case, "providers": numbers}
 
 
-# ---- the picture
+def quotient(a: Optional[float], b: Optional[float]) -> Optional[float]:
+    return a / b if a is not None and b else None
 
 
-def picture(path: Optional[str], resolution: int) -> Tensor:
-    """A picture as the autoencoder takes it: (1, 3, resolution, resolution) between -1 and 1."""
-    image = synthetic_picture(resolution) if path is None else load_picture(path)
-    edge = min(image.shape[-2:])
-    top, left = (image.shape[-2] - edge) // 2, (image.shape[-1] - edge) // 2
-    square = image[None, :, top : top + edge, left : left + edge]
-    if edge == resolution:
-        return square
-    return F.interpolate(square, size=(resolution, resolution), mode="bilinear", antialias=True)
+# ---- what is run
+
+
+def chosen(args) -> List[ModelRow]:
+    """Everything to run, sizes and dtypes one after the other."""
+    return [ModelRow(args.model, task, dtype, args.device, resolution)
+            for dtype, resolution, task in itertools.product(args.dtypes, args.resolutions, tasks(args))]
+
+
+def tasks(args) -> List[str]:
+    forward = ["step"] if args.model == "diffusers-unet" else ["encode", "decode"]
+    asked = [task for task in forward if args.forward or getattr(args, task, False)]
+    asked += ["training"] * args.train
+    return asked or [*forward, "training"]
+
+
+def ways_of(task: str, args) -> List[str]:
+    """Those asked for; by default all that the task and the device have, but for what only experiments want."""
+    if args.ways:
+        return [name for name in args.ways if not (WAYS[name].replayed and task == "training")]
+    left_out = {"compile+patch+both", "again"}
+    left_out |= set() if task == "training" else {"patch+recompute"}
+    left_out |= set() if args.device == "cuda" and task != "training" else {"patch+both+graph"}
+    return [name for name in WAYS if name not in left_out]
 
 
 def synthetic_picture(resolution: int) -> Tensor:
-    """Coloured rings and a slope: edges as well as smooth areas."""
+    """(1, 3, resolution, resolution) between -1 and 1. Coloured rings and a slope: edges as well as smooth areas."""
     axis = torch.linspace(-1, 1, resolution)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     rings = torch.sin(12 * torch.hypot(x, y))
-    return torch.stack([rings, x * rings, 0.5 * (x + y)])
+    return torch.stack([rings, x * rings, 0.5 * (x + y)])[None]
 
 
-def load_picture(path: str) -> Tensor:
-    """A .npy array, (H, W, 3) or (3, H, W), of bytes or of floats between -1 and 1; or a file that Pillow reads."""
-    try:
-        import numpy
-    except ImportError:
-        sys.exit("--image needs numpy: pip install numpy")
-    try:
-        if path.endswith(".npy"):
-            array = numpy.load(path)
-        else:
-            from PIL import Image
+def input_of(model: nn.Module, task: str, resolution: int) -> Tensor:
+    """A picture, or the latent of one of that size."""
+    if task in ("encode", "training") and not isinstance(model, diffusers_models.Step):
+        return synthetic_picture(resolution)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(1, model.latent_channels, resolution // 8, resolution // 8, generator=generator)
 
-            array = numpy.asarray(Image.open(path).convert("RGB"))
-    except ImportError:
-        sys.exit("--image needs Pillow for anything but .npy: pip install pillow")
-    except (OSError, ValueError) as e:
-        sys.exit(f"--image {path}: {e}")
-    if array.ndim == 3 and array.shape[-1] == 3:
-        array = array.transpose(2, 0, 1)
-    if array.ndim != 3 or array.shape[0] != 3:
-        sys.exit(f"--image {path}: the array's shape is {array.shape}, expected (H, W, 3) or (3, H, W)")
-    scaled_to_one = array / 127.5 - 1 if array.dtype == numpy.uint8 else array
-    return torch.from_numpy(numpy.ascontiguousarray(scaled_to_one, dtype=numpy.float32))
+
+class Models:
+    """One model with random weights, and copies of it, each patched in its way. All have the same Parameters, once more
+    in channels_last: weights count twice, however many ways there are."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        model = AutoencoderKL(reference.ResnetBlock, NormSwish) if name == "ldm" else diffusers_models.make(name)
+        self.bases = {False: randomize_norms(model).to(device, dtype).eval()}
+        self.copies: Dict[str, nn.Module] = {}
+
+    def copy(self, name: str) -> nn.Module:
+        if name not in self.copies:
+            way = WAYS[name]
+            if way.laid_out and True not in self.bases:
+                self.bases[True] = copy.deepcopy(self.bases[False]).to(memory_format=torch.channels_last)
+            base = self.bases[way.laid_out]
+            shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
+            self.copies[name] = patched(copy.deepcopy(base, shared), way)
+        return self.copies[name]
+
+    def contender(self, name: str, task: str, x: Tensor) -> Contender:
+        way, model = WAYS[name], self.copy(name)
+        function = call = method(model, task)
+        if way.compiled:
+            function = call = torch.compile(function, dynamic=False, fullgraph=True)
+        if way.compiled == "before":
+            ldm_fused.unpatch(model)
+            with torch.set_grad_enabled(task == "training"):
+                function(x)
+            patched(model, way)
+        if way.channels_last:
+            call = lambda x: function(x.contiguous(memory_format=torch.channels_last))  # noqa: E731
+        if way.replayed:
+            call = replay(function, x)
+        return Contender(name, call, list(model.parameters()))
+
+    def oracle(self, task: str) -> Contender:
+        model = copy.deepcopy(self.bases[False]).double()
+        return Contender("oracle", method(model, task), list(model.parameters()))
+
+
+def method(model: nn.Module, task: str) -> Callable[[Tensor], Tensor]:
+    return getattr(model, task) if task in ("encode", "decode") else model.forward
+
+
+def patched(model: nn.Module, way: Way) -> nn.Module:
+    """As a user would: what diffusers made, and not the benchmark's module around it."""
+    if way.patch is not None:
+        ldm_fused.patch(getattr(model, "model", model), **way.patch)
+    return model
+
+
+@torch.no_grad()
+def replay(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """``function`` as a CUDA graph; each call writes into the same result."""
+    x = x.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what libraries choose and allocate at their first calls is no part of the graph
+        for _ in range(3):
+            function(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = function(x)
+
+    def call(new: Tensor) -> Tensor:
+        x.copy_(new)
+        graph.replay()
+        return y
+
+    return call
 
 
 # ---- the run
 
 
-def run(args) -> List[ModelRow]:
-    """Each layout and mode; all implementations share one set of random weights."""
-    if args.resolution < 8 or args.resolution % 8:
-        sys.exit(f"--resolution {args.resolution}: the autoencoder needs a multiple of 8")
-    if args.model in ("diffusers-unet", "ldm-decoder"):
-        x = diffusers_models.latent(args.resolution)
-    else:
-        x = picture(args.image, args.resolution)
-    layouts = ["contiguous", "channels_last"] if args.layout == "both" else [args.layout]
-    own = args.model.startswith("ldm")
-    names = [name for name in args.providers if own or name != "F.silu"]  # which is not in a real model
-    names = [name for name in names if PROVIDERS[name].block]
-    modes = ["forward"] if args.model == "ldm-decoder" else args.modes
-    progress = Progress(len(args.dtypes) * len(layouts) * len(modes) * (len(names) + 1))
-    rows = []
-    for dtype, layout in itertools.product(args.dtypes, layouts):
-        make = build if own else diffusers_models.build
-        contenders = make(list(dict.fromkeys(["eager", *names])), args, layout, getattr(torch, dtype))
-        for mode in modes:
-            row = ModelRow(args.model, mode, layout, dtype, args.device, args.resolution, args.image or "synthetic")
-            measure_row(row, contenders, x, names, args, progress)
-            rows.append(row)
+def run(args, save: Callable[[List[ModelRow]], None] = lambda rows: None) -> List[ModelRow]:
+    """All rows that the arguments ask for; `save` gets those that are done."""
+    todo = chosen(args)
+    progress = Progress(sum(len(ways_of(row.mode, args)) + 2 for row in todo))
+    done = []
+    for dtype, rows in itertools.groupby(todo, lambda row: row.dtype):
+        models = Models(args.model, args.device, getattr(torch, dtype))
+        for row in rows:
+            measure_row(row, models, ways_of(row.mode, args), args, progress)
+            done.append(row)
+            save(done)
     progress.close()
-    return rows
+    return done
 
 
-def build(names: List[str], args, layout: str, dtype: torch.dtype) -> List[Contender]:
-    """The autoencoder of each provider. The compiled one is the reference model, as a user would compile it."""
-    torch.compiler.reset()
-    weights = None
-    contenders = []
-    for name in names:
-        provider = PROVIDERS["eager" if PROVIDERS[name].compiled else name]
-        model = AutoencoderKL(provider.block, provider.norm_act)
-        forward = model.decode if args.model == "ldm-decoder" else model
-        if weights is None:
-            randomize_norms(model).to(args.device, dtype, memory_format=MEMORY_FORMATS[layout])
-            weights = model.state_dict()
-        model.load_state_dict(weights, assign=True)  # the same memory for all: weights count once
-        call = compiled(forward, PROVIDERS[name])
-        contenders.append(Contender(name, call, list(model.parameters())))
-    return contenders
-
-
-def measure_row(row: ModelRow, contenders: List[Contender], picture: Tensor, names: List[str], args,
-                progress: Progress) -> None:
-    """Difference, memory and time of every provider."""
-    dtype = getattr(torch, row.dtype)
-    x = picture.to(args.device, dtype).contiguous(memory_format=MEMORY_FORMATS[row.layout])
-    inputs = (x,) if row.mode == "forward" else (x.requires_grad_(), torch.randn_like(x))
-    expected, runs = None, {}
-    for contender in contenders:
-        progress.show(f"{row.title}: {contender.name}, result and memory")
-        cell = row.cells[contender.name] = Cell()
+def measure_row(row: ModelRow, models: Models, names: Sequence[str], args, progress: Progress) -> None:
+    """Error, memory and time of every way."""
+    torch.compiler.reset()  # or the limit on recompilations would be reached
+    dtype, mode = getattr(torch, row.dtype), "training" if row.mode == "training" else "forward"
+    x = input_of(models.bases[False], row.mode, row.resolution).to(args.device, dtype)
+    with torch.no_grad():
+        y = models.contender("eager", row.mode, x).call(x)
+    generator = torch.Generator().manual_seed(3)
+    dy = torch.randn(y.shape, generator=generator).to(y)
+    inputs = (x,) if mode == "forward" else (x.requires_grad_(), dy)
+    del y
+    truth, ruler, runs = None, None, {}
+    for name in dict.fromkeys(["eager", *names]):  # eager is the ruler of the others, asked for or not
+        progress.show(f"{row.title}: {name}, error and memory")
+        cell = row.cells[name] = Cell()
         try:
-            found = measure.results(contender, row.mode, inputs)
-            expected = expected or found
-            cell.error = difference(found, expected)
-            if not cell.error <= allowed_difference(dtype, args.device):
-                raise measure.CheckFailed(f"differs from the reference by {cell.error:.2g} of the result's size")
-            del found
-            cell.peak_bytes = measure.peak_bytes(contender, row.mode, inputs)
-            if row.mode == "training":
-                cell.kept_bytes = measure.kept_bytes(contender, inputs[0])
-            runs[contender.name] = measure.runner(contender, row.mode)
+            contender = models.contender(name, row.mode, x.detach())
+            found = measure.results(contender, mode, inputs)
+            cell.peak_bytes = None if WAYS[name].replayed else measure.peak_bytes(contender, mode, inputs)
+            if mode == "training":
+                cell.kept_bytes = measure.kept_bytes(contender, x)
+            if truth is None:
+                truth = oracle(models, row, mode, inputs, cell.peak_bytes, progress)
+            found = errors(found, truth)
+            ruler = ruler or found
+            cell.error = max(mine / (eager or 1.0) for mine, eager in zip(found, ruler))
+            cell.psnr = psnr(found[0], truth[0])
+            check(found, ruler, dtype)
+            runs[name] = measure.runner(contender, mode)
         except measure.CheckFailed as e:
             cell.reason, cell.failed = f"CHECK FAILED, not timed: {e}", True
         except Exception as e:  # torch.compile without a working compiler, or too little memory: the others go on
             cell.reason = measure.first_line(e)
-            cell.failed = contender.name not in OTHERS and not measure.out_of_memory(e)
-        if contender.name in names:
-            progress.step()
+            cell.failed = not WAYS[name].compiled and not measure.out_of_memory(e)
+        progress.step()
         if cell.failed:
-            progress.say(f"{contender.name}, {row.title} {row.dtype}: {cell.reason}")
+            progress.say(f"{name}, {row.title}: {cell.reason}")
     row.cells = {name: row.cells[name] for name in names}
-    runs = {name: run for name, run in runs.items() if name in names}
+    del truth
     progress.show(f"{row.title}: timing")
-    timings = measure.time_in_turn(runs, [inputs], row.mode, args.min_run_time, graphs=False)
+    timings = measure.time_in_turn({name: run for name, run in runs.items() if name in names}, [inputs], mode,
+                                   args.min_run_time, graphs=False)
     for name, timing in timings.items():
         row.cells[name].timing = timing
     progress.step()
 
 
-def difference(found: List[Tensor], expected: List[Tensor]) -> float:
-    """Forward: the largest difference over the largest value. Training: the same of the picture, or the norm of all
-    gradients' difference over their norm, whichever is larger; one by one, some are zero but for rounding."""
-    truth = expected[0].double()
-    picture = measure.error(found[0], truth, measure.largest(truth))
-    if len(found) == 1:
-        return picture
-    off = sum((f.double() - e.double()).square().sum().item() for f, e in zip(found[1:], expected[1:]))
-    size = sum(e.double().square().sum().item() for e in expected[1:])
-    gradients = math.sqrt(off / size) if size and math.isfinite(off) else math.inf
-    return max(picture, gradients)
+def oracle(models: Models, row: ModelRow, mode: str, inputs, eager_peak: int, progress: Progress) -> List[Tensor]:
+    """The results in float64."""
+    progress.show(f"{row.title}: in float64")
+    needed = 8 // getattr(torch, row.dtype).itemsize * eager_peak + sum(
+        p.numel() * 8 for p in models.bases[False].parameters())
+    if needed > machine.available_bytes(row.device):
+        raise MemoryError(f"float64, which errors are measured against, needs {needed / 1e9:.0f} GB")
+    inputs64 = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+    truth = measure.results(models.oracle(row.mode), mode, inputs64)
+    progress.step()
+    return truth
 
 
-def allowed_difference(dtype: torch.dtype, device: str) -> float:
-    """Room for the rounding of some fifty layers: this is to find what is wrong."""
-    tf32 = device == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    eps = 2.0**-11 if tf32 else torch.finfo(dtype).eps
-    return 2 * math.sqrt(eps)
+def errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> List[float]:
+    """Root mean square errors over root mean square values: of y, and in training of dx and of all parameters'
+    gradients together, for one by one some of them vanish but for rounding."""
+    parts = [slice(0, 1), slice(1, 2), slice(2, None)] if len(found) > 1 else [slice(0, 1)]
+    return [relative_error(found[part], truth[part]) for part in parts]
+
+
+def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    off = sum((f.double() - t).square().sum().item() for f, t in zip(found, truth, strict=True))
+    size = sum(t.square().sum().item() for t in truth)
+    return math.sqrt(off / size) if size and math.isfinite(off) else math.inf
+
+
+def psnr(error: float, truth: Tensor) -> Optional[float]:
+    """Decibels between the range of the result's values and their root mean square error."""
+    off = error * truth.square().mean().sqrt().item()
+    return 20 * math.log10((truth.max() - truth.min()).item() / off) if off and math.isfinite(off) else None
+
+
+def check(found: Sequence[float], eager: Sequence[float], dtype: torch.dtype) -> None:
+    """Raises CheckFailed where an error says that something else was computed; how near it is the table says."""
+    factor, units = measure.MARGINS["block"]
+    for name, mine, ruler in zip(("y", "dx", "the parameters' gradient"), found, eager):
+        allowed = factor * min(ruler, 0.05) + units * torch.finfo(dtype).eps
+        if not mine <= allowed:
+            raise measure.CheckFailed(f"{name} is off by {mine:.2g} of its size, {allowed:.2g} allowed")
+
+
+# ---- what is printed
 
 
 def summary(rows: List[ModelRow], args) -> str:
-    """One table of all modes and layouts."""
-    memory = "peak MB" if args.device == "cuda" else "peak RSS MB"
-    head = ["mode", "layout", "dtype", "blocks", "ms", "ours vs it", memory, "kept MB", "of eager's", "difference"]
-    lines = []
-    for row in rows:
-        for name, cell in row.cells.items():
-            size = "n/a" if cell.error is None else f"{cell.error:.1e}"
-            numbers = [scaled(row.seconds(name), 1e3), times(row.speedup(name)), scaled(cell.peak_bytes, 1e-6)]
-            kept = [scaled(cell.kept_bytes, 1e-6), row.kept_ratio(name)] if row.mode == "training" else ["-", "-"]
-            lines.append([row.mode, row.layout, row.dtype, name, *numbers, *kept, size])
-    text = aligned([head, *lines], left=4).split("\n")
+    """One table, and the three lines that a user wants to know."""
     reasons = [f"n/a  {name}: {c.reason}  ({r.title})" for r in rows for name, c in r.cells.items() if c.reason]
-    return "\n".join(
-        [
-            "",
-            f"{TITLES[args.model]}, "
-            f"{rows[0].resolution} x {rows[0].resolution} pixels, batch 1, "
-            + ("random latent" if args.model in ("diffusers-unet", "ldm-decoder") else f"picture: {rows[0].picture}"),
-            "",
-            text[0],
-            "-" * max(map(len, text)),
-            *text[1:],
-            "",
-            "ms: median of one call. peak: the most memory in use during one, above what was in use before (weights).",
-            "kept: what autograd keeps for the backward pass. difference: from eager's picture, relative; in training",
-            "from its gradients too.",
-            *reasons,
-        ]
-    )
+    parts = [f"{TITLES[args.model]}, batch 1, random weights", table(rows), LEGEND, "\n".join(reasons), in_short(rows)]
+    return "\n" + "\n\n".join(filter(None, parts))
+
+
+LEGEND = """\
+training: forward and backward of encoding and decoding a picture, all gradients. patch+layout: channels_last.
+ms: median of one call, the ways in turn. peak: the most memory allocated during a call, above weights and input.
+kept: what autograd keeps for the backward pass. error: root mean square, against float64, over eager's; in training
+the worst of the picture's, the input's gradient's and the parameters'. PSNR: of the result's range, against float64."""
+
+
+def table(rows: List[ModelRow]) -> str:
+    """A line a way, and an empty one between the rows."""
+    training = any(row.mode == "training" for row in rows)
+    head = ["", "ms", "vs eager", "peak MB", "of eager's", *["kept MB", "of eager's"] * training, "error", "PSNR dB"]
+    lines, titles = [head], {}
+    for row in rows:
+        titles[len(lines)] = row.title
+        lines.append([""] * len(head))
+        for name, cell in row.cells.items():
+            line = [f"  {name}", scaled(row.seconds(name), 1e3), times(row.speedup(name)),
+                    scaled(cell.peak_bytes, 1e-6), times(row.ratio(name, "peak_bytes"))]
+            if training:
+                kept = [scaled(cell.kept_bytes, 1e-6), times(row.ratio(name, "kept_bytes"))]
+                line += kept if row.mode == "training" else ["", ""]
+            lines.append([*line, times(cell.error), "n/a" if cell.psnr is None else f"{cell.psnr:.1f}"])
+    text = aligned(lines, left=1).split("\n")
+    for at, title in titles.items():
+        text[at] = f"\n{title}"
+    return "\n".join(text)
+
+
+def in_short(rows: List[ModelRow]) -> str:
+    """Time, memory and accuracy of the best way, a line each."""
+    best = next((name for name in BEST if any(row.seconds(name) for row in rows)), None)
+    rows = [row for row in rows if best and row.seconds(best)]
+    if not rows:
+        return ""
+    groups = [list(group) for _, group in itertools.groupby(sorted(rows, key=lambda r: r.mode), lambda r: r.mode)]
+    timed = filter(None, [*(against(group, best) for group in groups),
+                          *(faster(rows, name, best) for name in ("patch+both+compile", "compile+patch+both"))])
+    memory = filter(None, (bytes_of(group, best) for group in groups))
+    cells = [row.cells[best] for row in rows]
+    psnrs = [cell.psnr for cell in cells if cell.psnr is not None]
+    accuracy = f"error at most {times(max(cell.error for cell in cells))} eager's"
+    accuracy += f", PSNR {min(psnrs):.1f} dB or more" if psnrs else ""
+    mean = f" ({len(rows)} cases, geometric means)" if len(rows) > len(groups) else ""
+    return "\n".join([f"In short, {best}{mean}:", f"  time: {'; '.join(timed)}", f"  memory, of eager's: {'; '.join(memory)}",
+                      f"  against float64: {accuracy}"])
+
+
+def against(group: Sequence[ModelRow], best: str) -> str:
+    """How many times as fast it is as eager, and as the fastest that a user has without it."""
+    peers = [name for name in PEERS if any(row.seconds(name) for row in group)]
+    fastest = [min(filter(None, map(row.seconds, peers)), default=None) for row in group]
+    eager = geometric_mean(filter(None, (row.speedup(best) for row in group)))
+    peer = geometric_mean(filter(None, (quotient(s, row.seconds(best)) for s, row in zip(fastest, group))))
+    named = f"the best of {' and '.join(peers)}" if len(peers) > 1 else "".join(peers)
+    found = [f"{times(mean)} {name}" for mean, name in ((eager, "eager"), (peer, named)) if mean]
+    return f"{group[0].mode} is {' and '.join(found)}" if found else ""
+
+
+def bytes_of(group: Sequence[ModelRow], best: str) -> str:
+    found = []
+    for what, name in (("peak_bytes", "peak"), ("kept_bytes", "kept for the backward pass")):
+        mean = geometric_mean(filter(None, (row.ratio(best, what) for row in group)))
+        found += [f"{name} {times(mean)}"] if mean else []
+    return f"{group[0].mode} {', '.join(found)}" if found else ""
+
+
+def faster(rows: Sequence[ModelRow], name: str, best: str) -> str:
+    """What compiling gains."""
+    mean = geometric_mean(filter(None, (quotient(row.seconds(best), row.seconds(name)) for row in rows)))
+    return f"{name} is {times(mean)} {best}" if mean else ""

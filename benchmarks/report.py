@@ -30,6 +30,7 @@ class Cell:
     kept_bytes: Optional[int] = None
     peak_bytes: Optional[int] = None
     error: Optional[float] = None
+    psnr: Optional[float] = None  # of a model, in decibels
     reason: str = ""
     failed: bool = False
 

@@ -7,6 +7,21 @@ from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 PROVIDERS = ("eager", "F.silu", "compile", "cooperative", "triton", "ours", "recompute", "again")
+# How --model runs a model: as it is, and patched, with what.
+WAYS = (
+    "eager",
+    "channels_last",
+    "compile",
+    "patch",
+    "patch+layout",
+    "patch+fold",
+    "patch+both",
+    "patch+both+graph",
+    "patch+both+compile",
+    "compile+patch+both",
+    "patch+recompute",
+    "again",
+)
 # Not run unless they are asked for.
 ON_REQUEST = ("cooperative", "triton", "recompute", "again")
 WORKLOADS = Path(__file__).with_name("workloads.json")

@@ -38,11 +38,12 @@ inline void check_pair(Dtype x, Dtype y, const char* name) {
 
 // ---- Layout ---------------------------------------------------------------------------------------------------
 
-// Whether channels are innermost and the rest of a 4-D or 5-D tensor is dense; axes of size 1 may have any stride.
+// Whether channels are innermost and the rest is dense, whatever the number of axes: attention flattens pixels into one.
+// Axes of size 1 may have any stride.
 inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t dim = t.dim();
-  if (dim != 4 && dim != 5) return false;
+  if (dim < 3) return false;
   int64_t expected = 1;
   const auto fits = [&](int64_t axis) {
     const bool ok = sizes[axis] == 1 || strides[axis] == expected;

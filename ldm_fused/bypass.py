@@ -173,15 +173,22 @@ def activation_obstacle(act: nn.Module) -> Optional[str]:
 
 def is_plain_convolution(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> bool:
     """Whether ``conv(x)`` is now ``conv._conv_forward(x, conv.weight, None)`` and its bias."""
+    return convolution_obstacle(conv, device) is None
+
+
+def convolution_obstacle(conv: Optional[nn.Module], device: Optional[torch.device] = None) -> Optional[str]:
+    """Looks at everything that decides whether ``conv`` is a convolution that may be bypassed."""
     cls = type(conv)
     if cls not in _CONVOLUTIONS:
-        return False
+        return f"it is a {cls.__name__}, no convolution that is known"
     obstacle, conv_forward = _CONVOLUTIONS[cls]
-    if module_obstacle(conv, cls, device) is not None or obstacle(conv) is not None:
-        return False
+    reason = module_obstacle(conv, cls, device) or obstacle(conv)
+    if reason is not None:
+        return reason
     if cls._conv_forward is not conv_forward or "_conv_forward" in conv.__dict__:
-        return False
-    return all(class_obstacle(base) is None for base in cls.__mro__ if base in _CONVOLUTIONS)  # whose forward it calls
+        return "its _conv_forward is replaced"
+    bases = (base for base in cls.__mro__ if base in _CONVOLUTIONS)  # whose forward it calls
+    return next((reason for reason in map(class_obstacle, bases) if reason is not None), None)
 
 
 def weight_obstacle(norm: nn.Module, x: Tensor) -> Optional[str]:

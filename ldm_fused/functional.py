@@ -31,8 +31,8 @@ def group_norm_silu(
     """``silu(group_norm(x))`` in one op: ``F.silu(F.group_norm(x, num_groups, weight, bias, eps))``.
 
     Args:
-        x: (N, C, \\*), any number of trailing axes; float32, float16, bfloat16 or float64. Contiguous and channels_last
-            tensors are used as they are, others are made contiguous.
+        x: (N, C, \\*), any number of trailing axes; float32, float16, bfloat16 or float64. Contiguous tensors and
+            those with their channels innermost (channels_last) are used as they are, others are made contiguous.
         num_groups: groups that the C channels are divided into.
         weight: (C,), in x's dtype, or float32 with a 16-bit x.
         bias: (C,), in weight's dtype.

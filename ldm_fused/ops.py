@@ -189,7 +189,7 @@ def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
     ctx.save_for_backward(*a.tensors, mean, rstd, a.dropout_seed)
     ctx.constants = (a.num_groups, a.eps, a.silu, a.out_dtype, a.dropout_p)
     if a.dropout_seed is not None:  # its mask goes by places in memory, which hooks on saved tensors may change
-        ctx.memory_format = _memory_format(a.x)
+        ctx.is_channels_last = is_channels_last(a.x)
 
 
 def backward(ctx, dy: Tensor, dx_shortcut: Optional[Tensor] = None):
@@ -198,7 +198,7 @@ def backward(ctx, dy: Tensor, dx_shortcut: Optional[Tensor] = None):
     x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = saved
     num_groups, eps, silu, out_dtype, dropout_p = ctx.constants
     if dropout_seed is not None:
-        x = x.contiguous(memory_format=ctx.memory_format)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.is_channels_last else x.contiguous()
     needs = [asked[i] and t is not None for i, t in zip(_PLACES, saved)]
     if torch.is_grad_enabled() or in_transform():  # the gradients must themselves be differentiable
         # Views, which nothing else depends on: arguments may depend on each other, be the same, or have hooks.
@@ -330,17 +330,15 @@ torch.library.register_autograd("ldm_fused::bias_add_residual", _residual_backwa
 # ---- Fake kernels ----------------------------------------------------------------------------------------------
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """The order in which the kernels walk x."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if not x.is_contiguous() and channels_last and x.is_contiguous(memory_format=channels_last):
-        return channels_last
-    return torch.contiguous_format
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the kernels walk x with the channels innermost (csrc/tensors.h). x may have any number of axes, as one
+    whose pixels attention has flattened; PyTorch has memory formats for four and five alone."""
+    return not x.is_contiguous() and x.dim() >= 3 and x.movedim(1, -1).is_contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:
     """x as the kernels walk it: as it is if contiguous or channels_last, else made contiguous."""
-    return x.contiguous(memory_format=_memory_format(x))
+    return x if is_channels_last(x) else x.contiguous()
 
 
 @torch.library.register_fake("ldm_fused::group_norm_act")

@@ -4,7 +4,7 @@ Each part is bypassed only while it is pristine (:mod:`ldm_fused.bypass`), and c
 looks at that anew.
 """
 
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -69,30 +69,40 @@ def resnet(
             h, x = resample(h), (resample_x or resample)(x)
         return convolution(first.conv, h, bias1), x
 
-    def second_half(h: Tensor) -> Tensor:
+    def second_half(held: List[Tensor]) -> Tensor:
+        h = held.pop()  # nobody else holds it: it is freed when the norm has read it
         pre_bias = temb.to(h.dtype) if cast_temb and temb is not None else temb
         if not per_sample:
             h, pre_bias = h + pre_bias, None
         p = decided(probability_of, dropout)
-        h, _ = second.norm_swish(h, None if p is None else second.conv, pre_bias=pre_bias, conv_bias=bias1,
-                                 dropout_p=p or 0.0)
+        h = second.norm_swish(h, None if p is None else second.conv, pre_bias=pre_bias, conv_bias=bias1,
+                              dropout_p=p or 0.0)[0]
         return convolution(second.conv, dropout(h) if p is None else h, bias2)
 
     if recompute and _may_recompute():
         # The recomputation stops at what the convolution saves, its input: convolutions run once.
         h, x = checkpoint(first_half, x, use_reentrant=False)
-        h = checkpoint(second_half, h, use_reentrant=False)
+        h = checkpoint(lambda h: second_half([h]), h, use_reentrant=False)
     else:
-        h, x = first_half(x)
-        h = second_half(h)
+        *held, x = first_half(x)
+        h = second_half(held)
     shortcut_bias = None
     if shortcut is not None:
         shortcut_bias = decided(bias_left, shortcut, x)
         x = convolution(shortcut, x, shortcut_bias)
+    # The result's layout is that of h, for the convolution's weight may be in channels_last, and x is not yet.
     if x.dtype != h.dtype or x.shape != h.shape or bias2 is None and shortcut_bias is None and scale == 1.0:
-        y = with_bias(x, shortcut_bias) + with_bias(h, bias2)
+        if bias2 is None and x.dtype == h.dtype and x.shape == h.shape and decided(_is_ours, h, second.conv):
+            return h.add_(with_bias(x, shortcut_bias))
+        y = with_bias(h, bias2) + with_bias(x, shortcut_bias)
         return y if scale == 1.0 else y * scale
-    return functional.bias_add_residual(x, h, shortcut_bias, bias2, scale)  # the result's layout is x's
+    return functional.bias_add_residual(h, x, bias2, shortcut_bias, scale)
+
+
+def _is_ours(h: Tensor, conv: nn.Module) -> bool:
+    """Whether ``h``, which ``conv`` gave, may be written to: nobody else holds it, and autograd has not kept it."""
+    return not torch.compiler.is_compiling() and not ops.in_transform() and not torch.jit.is_tracing() and (
+        bypass.is_plain_convolution(conv, h.device))
 
 
 def _may_recompute() -> bool:

@@ -55,11 +55,13 @@ LAYOUTS = {"contiguous": None, "channels_last": {4: torch.channels_last, 5: torc
 
 
 def laid_out(x, layout):
-    """x in that memory format, or None where it has none of the kind."""
+    """x in that layout, or None where it has none of the kind: channels_last needs axes behind the channels."""
     if layout == "contiguous":
         return x.contiguous()
     memory_format = LAYOUTS[layout].get(x.dim())
-    return None if memory_format is None else x.contiguous(memory_format=memory_format)
+    if memory_format is None:  # PyTorch has no name for it
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else None
+    return x.contiguous(memory_format=memory_format)
 
 
 def make_case(shape, num_groups, dtype=torch.float32, layout="contiguous", *, seed=0, options=GRADIENTS[1:],

@@ -23,7 +23,8 @@ from test_benchmark_measures import SMALL, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 
-from benchmarks import autoencoder, bench_fused, cases, dispatch, measure, model, providers, report, workloads  # noqa: E402
+from benchmarks import autoencoder, bench_fused, cases, dispatch, machine, measure, model, providers, report  # noqa: E402
+from benchmarks import workloads  # noqa: E402
 
 TINY = "--device cpu --dtype float32 --threads 1 --min-run-time 0.001 --shape 2,32,4,4".split()
 UNCOMPILED = ["--providers", "eager,F.silu,ours"]
@@ -67,12 +68,11 @@ def test_training_of_blocks_alone_has_recomputation_beside_it(capsys):
 
 
 @pytest.mark.parametrize("options,expected", [
-    (["--block", "--train"], True), (["--model", "--train"], True), (["--block"], False), (["--train"], False),
+    (["--block", "--train"], True), (["--block"], False), (["--train"], False),
     (["--op", "--block", "--train"], False), (["--block", "--train", "--providers", "eager,ours"], False)])
 def test_recomputation_is_a_provider_where_it_differs_from_ours(monkeypatch, options, expected):
     asked = []
-    for module in (cases, model):
-        monkeypatch.setattr(module, "run", lambda args, *_: asked.append(args.providers) or sys.exit())
+    monkeypatch.setattr(cases, "run", lambda args, *_: asked.append(args.providers) or sys.exit())
     with pytest.raises(SystemExit):
         bench_fused.main(["--device", "cpu", *options])
     assert ("recompute" in asked[0]) == expected
@@ -287,7 +287,8 @@ def test_missing_folders_are_noticed_before_the_run(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(model, "AutoencoderKL", functools.partial(autoencoder.AutoencoderKL, ch=32, ch_mult=(1, 2)))
+    monkeypatch.setattr(model, "AutoencoderKL", functools.partial(
+        autoencoder.AutoencoderKL, ch=32, ch_mult=(1, 2), num_res_blocks=1))
 
 
 def test_state_dict_does_not_depend_on_the_block():
@@ -300,86 +301,190 @@ def test_state_dict_does_not_depend_on_the_block():
         assert list(made[0]) == list(other) and all(torch.equal(a, b) for a, b in zip(made[0].values(), other.values()))
 
 
-def test_model(small, tmp_path, capsys):
-    assert bench("--model", "--resolution", 16, "--layout", "both", "--json", tmp_path / "r.json") == 0
-    assert "LDM kl-f8 autoencoder" in capsys.readouterr().out
-    results = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [(r["level"], r["mode"], r["layout"]) for r in results] == [
-        ("model", mode, layout) for layout in ("contiguous", "channels_last") for mode in ("forward", "training")
-    ]
-    for numbers in (r["providers"]["ours"] for r in results):
-        assert numbers["wall_seconds"] > 0 and numbers["peak_bytes"] > 0 and numbers["difference"] < 1e-4
+def test_ways_are_those_that_help_names():
+    assert tuple(model.WAYS) == workloads.WAYS
 
 
-@pytest.mark.parametrize("name", ["diffusers-vae", "diffusers-unet"])
+def benchmark_model(tmp_path, *options, ways="eager,patch,patch+both"):
+    """The rows of the JSON file."""
+    path = tmp_path / "r.json"
+    arguments = [*TINY[:-2], "--model", "--resolution", 16, "--providers", ways, "--json", path, *options]
+    assert bench_fused.main(list(map(str, arguments))) == 0
+    found = json.loads(path.read_text())
+    assert found["chosen"] == len(found["results"])
+    return found["results"]
+
+
+def test_a_model_is_timed_in_each_way_with_its_memory_and_its_error(small, tmp_path, capsys):
+    ways = "eager,channels_last,patch,patch+both,patch+recompute"
+    results = benchmark_model(tmp_path, ways=ways)
+    assert [r["mode"] for r in results] == ["encode", "decode", "training"]
+    for result in results:
+        eager = result["providers"]["eager"]
+        assert eager["speedup"] == eager["error_over_eager"] == 1
+        for name, numbers in result["providers"].items():
+            assert numbers["wall_seconds"] > 0 and numbers["peak_bytes"] > 0 and not numbers["reason"], name
+            assert numbers["speedup"] == eager["wall_seconds"] / numbers["wall_seconds"]
+            assert (numbers["kept_bytes"] is not None) == (result["mode"] == "training")
+            assert numbers["error_over_eager"] < 4 and 100 < numbers["psnr"] < 160, name
+        if result["mode"] == "training":
+            kept = [result["providers"][name]["kept_bytes"] for name in ("patch+recompute", "patch", "eager")]
+            assert kept == sorted(kept) and len(set(kept)) == 3
+    *_, time, memory, accuracy = capsys.readouterr().out.rstrip().split("\n")
+    assert time.startswith("  time: decode is ") and "x eager and " in time and "; training is " in time
+    assert memory.startswith("  memory, of eager's: decode peak ") and ", kept for the backward pass 0." in memory
+    assert accuracy.startswith("  against float64: error at most ") and accuracy.endswith(" dB or more")
+
+
+def test_a_task_of_a_model_is_chosen_by_name(small, tmp_path):
+    def run(*options):
+        return [(r["mode"], r["resolution"]) for r in benchmark_model(tmp_path, *options, ways="eager")]
+
+    assert run("--decode", "--resolution", "8,16") == [("decode", 8), ("decode", 16)]
+    assert run("--forward") == [("encode", 16), ("decode", 16)]
+    assert run("--encode", "--train") == [("encode", 16), ("training", 16)]
+    with pytest.raises(SystemExit, match="--backward is for the op and the block"):
+        run("--backward")
+
+
+def test_ways_by_default_are_those_of_the_task_and_the_device():
+    def ways(task, *options):
+        args = bench_fused.parser().parse_args(["--model", "--device", "cpu", *options])
+        bench_fused.complete(args, torch)
+        args.device = "cuda" if task == "on cuda" else args.device
+        return set(model.ways_of("decode" if task == "on cuda" else task, args))
+
+    everywhere = set(workloads.WAYS) - {"patch+both+graph", "patch+recompute", "compile+patch+both", "again"}
+    assert ways("decode") == everywhere
+    assert ways("training") == everywhere | {"patch+recompute"}
+    assert ways("on cuda") == everywhere | {"patch+both+graph"}
+    assert ways("training", "--providers", "patch,patch+both+graph,ours") == {"patch"}
+    with pytest.raises(SystemExit, match="none of them is for --model"):
+        ways("decode", "--providers", "ours,F.silu")
+    with pytest.raises(SystemExit, match="none of them is for op"):
+        bench("--op", "--providers", "patch")
+
+
+def test_a_compiled_model_runs_before_it_is_patched_and_after(small, monkeypatch):
+    """Without a compiler, in what order things are done."""
+    done = []
+    patch, unpatch = model.ldm_fused.patch, model.ldm_fused.unpatch
+    monkeypatch.setattr(torch, "compile", lambda f, **options: lambda x: done.append("call") or f(x))
+    monkeypatch.setattr(model.ldm_fused, "patch", lambda m, **options: done.append("patch") or patch(m, **options))
+    monkeypatch.setattr(model.ldm_fused, "unpatch", lambda m: done.append("unpatch") or unpatch(m))
+    models = model.Models("ldm", "cpu", torch.float32)
+    x = model.input_of(models.bases[False], "decode", 16)
+    for name, order in (("patch+both+compile", ["patch", "call"]),
+                        ("compile+patch+both", ["patch", "unpatch", "call", "patch", "call"]), ("compile", ["call"])):
+        done.clear()
+        models.contender(name, "decode", x).call(x)
+        assert done == order
+
+
+def test_all_copies_of_a_model_share_two_sets_of_weights(small):
+    models = model.Models("ldm", "cpu", torch.float32)
+    ways = [name for name, way in model.WAYS.items() if not way.compiled]
+    places = {name: [p.data_ptr() for p in models.copy(name).parameters()] for name in ways}
+    assert len({tuple(each) for each in places.values()}) == 2
+    assert places["patch"] == places["eager"] != places["channels_last"] == places["patch+both"]
+    assert not models.copy("eager").decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_peak_bytes_are_those_that_live_at_a_time():
+    x = torch.randn(1000)
+
+    def run():
+        a = x + 1
+        b = a + 1  # two at a time, and never three
+        del a
+        return (b + 1).sum()
+
+    assert 2 * x.nbytes <= machine.peak_bytes(run, "cpu") < 2.5 * x.nbytes
+
+
+def test_errors_of_a_model_are_root_mean_squares(monkeypatch):
+    truth = [torch.tensor(each).double() for each in ([3.0, -1.0], [1.0, 1.0], [1.0], [0.0])]
+    found = [t.float() + off for t, off in zip(truth, (0.5, 0.0, 0.3, 0.4))]
+    y, dx, dp = model.errors(found, truth)
+    assert math.isclose(y, math.sqrt(0.5 / 10)) and dx == 0 and math.isclose(dp, 0.5, rel_tol=1e-6)
+    assert math.isclose(model.psnr(y, truth[0]), 20 * math.log10(4 / 0.5))
+    with pytest.raises(measure.CheckFailed, match="the parameters' gradient is off by 0.5"):
+        model.check([0, 0, dp], [0, 0, 0], torch.float32)
+    with pytest.raises(measure.CheckFailed):
+        model.check(model.errors([torch.full((2,), math.nan)], truth[:1]), [0.0], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["diffusers-vae", "diffusers-flux-vae", "diffusers-unet"])
 def test_models_of_diffusers(name, monkeypatch, tmp_path, capsys):
     """Before patch and after, where there is diffusers or something like it."""
-
-    class Output:
-        def __init__(self, sample):
-            self.sample = sample
+    output = types.SimpleNamespace
 
     class Like(torch.nn.Module):
-        def __init__(self, **config):
+        def __init__(self, latent_channels=4, **config):
             super().__init__()
-            channels = 3 if name == "diffusers-vae" else 4
-            self.config = types.SimpleNamespace(**config)
+            self.config = types.SimpleNamespace(latent_channels=latent_channels, **config)
+            self.channels = channels = 4 if name == "diffusers-unet" else 3
             self.conv_in = torch.nn.Conv2d(channels, 32, 3, padding=1)
             self.block = providers.reference.ResnetBlock(in_channels=32, dropout=0.0)
             self.conv_out = torch.nn.Conv2d(32, channels, 3, padding=1)
+            self.from_latent = torch.nn.Conv2d(latent_channels, channels, 1)
 
         def forward(self, x, *others):
-            return Output(self.conv_out(self.block(self.conv_in(x))))
+            y = self.conv_out(self.block(self.conv_in(x)))
+            return output(sample=y + 0 * sum(p.sum() for p in self.from_latent.parameters()))
+
+        def encode(self, x):
+            return output(latent_dist=output(mean=self(x).sample))
+
+        def decode(self, z):
+            return self(self.from_latent(z))
 
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=Like, UNet2DConditionModel=Like))
-    options = ("--resolution", 16, "--providers", "eager,ours,recompute", "--json", tmp_path / "r.json")
-    assert bench("--model", name, *options) == 0
-    assert "Stable Diffusion 1.5" in capsys.readouterr().out
-    for result in json.loads((tmp_path / "r.json").read_text())["results"]:
-        eager, ours, recompute = (result["providers"][provider] for provider in ("eager", "ours", "recompute"))
-        assert result["model"] == name and ours["wall_seconds"] > 0
-        if result["mode"] == "training":
-            assert recompute["kept_bytes"] < ours["kept_bytes"] < eager["kept_bytes"]
+    results = benchmark_model(tmp_path, "--model", name, ways="eager,patch,patch+recompute")
+    assert "FLUX" in capsys.readouterr().out or "flux" not in name
+    modes = ["step", "training"] if name == "diffusers-unet" else ["encode", "decode", "training"]
+    assert [(r["model"], r["mode"]) for r in results] == [(name, mode) for mode in modes]
+    eager, ours, recompute = (results[-1]["providers"][way]["kept_bytes"] for way in
+                              ("eager", "patch", "patch+recompute"))
+    assert recompute < ours < eager
 
 
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match="needs diffusers"):
-        bench("--model", "diffusers-vae")
+        bench_fused.main(["--device", "cpu", "--model", "diffusers-vae"])
 
 
-def test_a_wrong_model_is_caught(small, monkeypatch, capsys):
-    class Forgetful(providers.reference.ResnetBlock):
-        def forward(self, x, temb=None):
-            if self.in_channels != self.out_channels:
-                return super().forward(x)
-            return x + self.conv2(F.silu(self.conv1(F.silu(self.norm1(x)))))  # without norm2
+def test_a_wrong_model_is_caught_and_not_timed(small, monkeypatch, capsys, tmp_path):
+    def forget(m, **options):
+        for block in m.modules():
+            if isinstance(block, providers.reference.ResnetBlock) and block.in_channels == block.out_channels:
+                block.forward = lambda x, b=block: x + b.conv2(F.silu(b.conv1(F.silu(b.norm1(x)))))  # without norm2
 
-    monkeypatch.setitem(providers.PROVIDERS, "ours", dataclasses.replace(providers.PROVIDERS["ours"], block=Forgetful))
-    assert bench("--model", "--forward", "--resolution", 16) == 1
+    monkeypatch.setattr(model.ldm_fused, "patch", forget)
+    arguments = [*TINY[:-2], "--model", "--encode", "--resolution", "16", "--providers", "eager,patch", "--json"]
+    assert bench_fused.main([*arguments, str(tmp_path / "r.json")]) == 1
     assert "CHECK FAILED" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert result["providers"]["patch"]["wall_seconds"] is None and result["providers"]["eager"]["wall_seconds"] > 0
 
 
-def test_pictures(tmp_path):
-    numpy = pytest.importorskip("numpy")
-    assert model.picture(None, 32).shape == (1, 3, 32, 32)
-    numpy.save(tmp_path / "bytes.npy", numpy.full((40, 64, 3), 255, numpy.uint8))
-    numpy.save(tmp_path / "floats.npy", numpy.full((3, 40, 64), 0.5))
-    for name, value in (("bytes", 1.0), ("floats", 0.5)):
-        image = model.picture(str(tmp_path / f"{name}.npy"), 16)
-        assert image.shape == (1, 3, 16, 16) and image.dtype == torch.float32
-        torch.testing.assert_close(image, torch.full_like(image, value))
+def test_too_little_memory_for_float64_is_reported(small, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.machine.available_bytes", lambda device: 1)
+    assert bench_fused.main([*TINY[:-2], "--model", "--decode", "--resolution", "16", "--providers", "eager"]) == 0
+    assert "MemoryError: float64" in capsys.readouterr().out
 
 
-def test_bad_pictures_are_refused_in_a_sentence(small, tmp_path):
-    numpy = pytest.importorskip("numpy")
-    numpy.save(tmp_path / "flat.npy", numpy.zeros((8, 8)))
-    for path in ("flat.npy", "missing.npy", "missing.png"):
-        with pytest.raises(SystemExit) as stopped:
-            bench("--model", "--image", tmp_path / path)
-        assert path in str(stopped.value.code) or "Pillow" in str(stopped.value.code)
-    with pytest.raises(SystemExit, match="multiple of 8"):
+def test_a_model_is_drawn(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    benchmark_model(tmp_path, "--plot", tmp_path / "model.png", "--op", "--shape", "2,32,4,4", ways="eager,ours,patch")
+    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resolutions_are_multiples_of_8(capsys):
+    with pytest.raises(SystemExit):
         bench("--model", "--resolution", 20)
+    assert "'20': the models need multiples of 8" in capsys.readouterr().err
 
 
 # ---- dispatch

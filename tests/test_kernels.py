@@ -202,5 +202,7 @@ def test_statistics_are_returned(kernels):
     torch.testing.assert_close(rstd.double(), (shifted.var(-1, correction=0) + case.eps).rsqrt(), rtol=1e-6, atol=1e-6)
 
 
-def test_laid_out_has_no_channels_last_for_three_dimensions():
-    assert laid_out(torch.ones(2, 3, 4), "channels_last") is None
+def test_channels_last_needs_axes_behind_the_channels():
+    assert laid_out(torch.ones(2, 3), "channels_last") is None
+    assert laid_out(torch.ones(2, 3, 4), "channels_last").stride() == (12, 1, 3)
+    assert laid_out(torch.ones(2, 3, 4, 5, 6, 7), "channels_last").stride(1) == 1

@@ -490,7 +490,7 @@ def test_biases_are_left_to_the_fused_ops_only_where_a_convolution_adds_them_apa
     monkeypatch.setattr(functional, "bias_add_residual", lambda *a: calls.append(a) or add(*a))
     _, fused = pair(**CONFIGURATIONS["1x1 shortcut"])
     fused(torch.randn(2, 32, 5, 5))
-    assert [biases for _, _, *biases, _ in calls] == ([[fused.nin_shortcut.bias, fused.conv2.bias]] if left else [])
+    assert [biases for _, _, *biases, _ in calls] == ([[fused.conv2.bias, fused.nin_shortcut.bias]] if left else [])
 
 
 @pytest.mark.parametrize("name", ["scale", "shift", "pre_bias"])

@@ -54,6 +54,7 @@ DECODER = 25  # seconds that timings leave to the decoder
 USES = "{} and not emulated"
 WITHOUT = ("tests/tools", "tests/test_cuda_kernels.py", "tests/test_emulator.py")
 PROVIDERS = "eager,F.silu,compile,cooperative,triton,ours,again"
+WAYS = "eager,channels_last,patch,patch+both,patch+both+graph,again"
 RESULTS = ("timings.json", "timings.csv", "decoder.json")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # What a tool must say of a mistake on purpose (tools/small_cases.py --wrong): else its silence proves nothing.
@@ -311,7 +312,7 @@ def timings(run: Run):
 
 def decoder(run: Run):
     """Decoding with random weights, for the time that is left."""
-    options = ["benchmarks/bench_fused.py", "--device", run.args.device, "--model", "ldm-decoder"]
+    options = ["benchmarks/bench_fused.py", "--device", run.args.device, "--model", "ldm", "--decode"]
     options += [*shlex.split(run.args.decoder), "--json", run.args.out / "decoder.json"]
     job = run.python("decoder", options, run.left())
     run.wait(job)
@@ -336,8 +337,8 @@ def parser() -> argparse.ArgumentParser:
     add("--pytest", default="", metavar="ARGS", help="other tests: arguments for pytest")
     add("--bench", default=f"--sample --providers {PROVIDERS} --min-run-time 0.03", metavar="ARGS",
         help="other cases: arguments for bench_fused.py (%(default)s)")  # fmt: skip
-    add("--decoder", default="--resolution 1024 --dtype bfloat16 --layout both --providers eager,F.silu,ours,again",
-        metavar="ARGS", help="arguments for its --model ldm-decoder (%(default)s)")  # fmt: skip
+    add("--decoder", default=f"--resolution 1024 --dtype bfloat16 --providers {WAYS}", metavar="ARGS",
+        help="arguments for its --model ldm --decode (%(default)s)")
     return p
 
 

@@ -25,7 +25,7 @@ def summary(run: dict, timings: Optional[dict], decoder: Optional[dict] = None) 
     name = "on a GPU" if run["device"] == "cuda" else "without a GPU: it says nothing about CUDA"
     parts = [f"# ldm_fused, {run['part']}, a run {name}", about(run), stages(run["stages"]), tests(run.get("tests"))]
     parts += ["  \n".join(run.get("instances") or []), sanitizer(run.get("sanitizer"))]
-    parts += [noise(run.get("again")), speed(timings), whole(timings, decoder)]
+    parts += [noise(run.get("again")), speed(timings), blocks(timings), models(decoder)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -138,21 +138,31 @@ def targets(results: List[dict]) -> str:
     return table(["target", "wanted", "measured", "cases", ""], lines, numbers=[1, 2, 3]) if lines else ""
 
 
-def whole(timings: Optional[dict], decoder: Optional[dict]) -> str:
-    """Blocks and models, whose time is also that of convolutions."""
+def blocks(timings: Optional[dict]) -> str:
+    """Whose time is also that of convolutions."""
     lines = []
-    for result in [*(timings or {}).get("results", []), *(decoder or {}).get("results", [])]:
+    for result in (timings or {}).get("results", []):
         if result["level"] == "op" or not result["providers"].get("ours", {}).get("wall_seconds"):
             continue
-        clock = f"{result.get('clock', 'wall')}_seconds"
-        size = shape(result) if "shape" in result else f"{result['resolution']} pixels"
         speedups = [ratios([result], name) for name in BASELINES if name != "triton"]
         values = ["n/a" if not each else f"{each[0]:.2f}x" for each in speedups]
-        what = result.get("model", result["level"])
-        ours = f"{1e3 * result['providers']['ours'][clock]:.3f}"
-        lines.append([what, result["mode"], size, result["layout"], result["dtype"], ours, *values])
+        ours = f"{1e3 * result['providers']['ours'][result['clock'] + '_seconds']:.3f}"
+        lines.append([result["level"], result["mode"], shape(result), result["layout"], result["dtype"], ours, *values])
     head = ["what", "pass", "of", "layout", "dtype", "ours, ms", *(f"vs {n}" for n in BASELINES if n != "triton")]
     return table(head, lines, numbers=range(5, len(head))) if lines else ""
+
+
+def models(decoder: Optional[dict]) -> str:
+    """A line a way to run the model."""
+    lines = []
+    for result in (decoder or {}).get("results", []):
+        for name, numbers in result["providers"].items():
+            if numbers["wall_seconds"]:
+                speedup = f"{numbers['speedup']:.2f}x" if numbers["speedup"] else "n/a"
+                lines.append([result["model"], result["mode"], f"{result['resolution']} pixels", result["dtype"], name,
+                              f"{1e3 * numbers['wall_seconds']:.3f}", speedup])
+    head = ["model", "pass", "of", "dtype", "way", "ms", "vs eager"]
+    return table(head, lines, numbers=[5, 6]) if lines else ""
 
 
 def speed(timings: Optional[dict]) -> str:

@@ -37,7 +37,7 @@ class Adapter:
     """The method that is taken over."""
 
     kind = "block"
-    """``"block"`` or ``"norm"``: which option of :func:`ldm_fused.patch` turns it off."""
+    """``"block"``, ``"norm"`` or ``"upsample"``: which option of :func:`ldm_fused.patch` decides on it."""
 
     is_container = False
     """Whether the class only holds parts: ``patch`` then reports nothing of its subclasses."""

@@ -1,12 +1,12 @@
 """Which module of a model is fused by which adapter."""
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .. import bypass
-from . import learn, pair, read_block, source, swap, trial
+from . import learn, pair, read_block, source, swap, trial, upsample
 from .adapter import STATE, Adapter, imported, registered
 from .adapter import norms as registered_norms
 from .adapters import edm, known_classes, own
@@ -27,14 +27,14 @@ class Choice:
     """
 
     def __init__(self, modules: Sequence[Tuple[str, nn.Module]], kinds: Dict[str, bool]) -> None:
-        self.kinds = kinds  # "block" and "norm": whether they are to be fused
+        self.kinds = kinds  # "block", "norm" and "upsample": whether they are to be fused
         self.report = PatchReport()
         self.fused: List[Row] = []
         self.counted: List[Tuple[nn.Module, Adapter]] = []
         self.patched_before: List[nn.Module] = []
         self._chosen: List[Row] = []  # rows that are not tried yet
         self._taken: Set[int] = set()  # ids of modules whose adapter is decided
-        self._read: Dict[type, List[read_block.ReadBlock]] = {}  # of each class, by the attributes that decide
+        self._read: Dict[type, List[Any]] = {}  # adapters of each class, by the attributes that decide
         self._unread: Dict[int, str] = {}  # reasons, by ids of norms
         self._tried_norms: Dict[Any, Optional[str]] = {}
         self._classes = {**known_classes(), **registered}
@@ -48,7 +48,7 @@ class Choice:
             if swap.is_swapped(module):
                 self.patched_before.append(module)
                 self._taken |= _parts_of(module, module.__dict__[STATE].adapter)
-        for walk in (self._learn, self._blocks, self._ends, self._norms):
+        for walk in (self._learn, self._blocks, self._upsamplings, self._ends, self._norms):
             if walk == self._norms:
                 self._try_chosen()  # the norms of what fails are then fused by themselves
             for name, module in modules:
@@ -98,20 +98,34 @@ class Choice:
             self._read_block(name, module)
 
     def _read_block(self, name: str, module: nn.Module) -> None:
-        """Reads a class once for all instances whose attributes say the same."""
+        reason = self._read_class(name, module, read_block.read)
+        if reason is not None and self.kinds["block"]:
+            if len([part for part in module.modules() if read_block.is_norm(part)]) == 2:
+                self._skip(name, module, f"it is not known to be a ResNet block: {reason}")
+
+    def _read_class(self, name: str, module: nn.Module, read: Callable[[nn.Module], Adapter]) -> Optional[str]:
+        """Reads a class once for all instances whose attributes say the same; gives the reason why it cannot."""
         known = self._read.setdefault(type(module), [])
         for adapter in known:
             if adapter.told == tuple(source.told(module, n) for n in adapter.names):
                 return self._choose(name, module, adapter)
         try:
-            adapter = read_block.read(module)
+            adapter = read(module)
         except source.Unreadable as reason:
-            norms = [part for part in module.modules() if read_block.is_norm(part)]
-            if len(norms) == 2 and self.kinds["block"]:
-                self._skip(name, module, f"it is not known to be a ResNet block: {reason}")
-            return
+            return str(reason)
         known.append(adapter)
-        self._choose(name, module, adapter)
+        return self._choose(name, module, adapter)
+
+    def _upsamplings(self, name: str, module: nn.Module) -> None:
+        if not self.kinds["upsample"]:
+            return
+        adapter = self._classes.get(type(module))
+        if adapter is not None and adapter.kind == "upsample":
+            self._choose(name, module, adapter)
+        elif upsample.looks_like_an_upsampling(module):
+            reason = self._read_class(name, module, upsample.read)
+            if reason is not None:
+                self._skip(name, module, f"its upsampling is not folded: {reason}")
 
     def _ends(self, name: str, module: nn.Module) -> None:
         adapter = pair.parent_of(module)

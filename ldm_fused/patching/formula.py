@@ -21,7 +21,8 @@ DIVIDE = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 SIGMOID = {torch.sigmoid, F.sigmoid, "sigmoid"}
 CAST = {"to", "type", "type_as"}
 CHUNK = {torch.chunk, "chunk"}
-PURE = {getattr, operator.getitem, "size", "dim"}  # they change nothing: a node of these needs no place
+# They change nothing: a node of these needs no place.
+PURE = {getattr, operator.getitem, operator.eq, operator.ne, "size", "dim"}
 
 
 class Block(NamedTuple):

@@ -1,7 +1,8 @@
 """Reads in a function's source what a trace does not show: what the function branches on, and its side effects.
 
 A trace follows one way through the code. It stands for all calls only if nothing decides that way but attributes of
-``self``, which each call checks again, whether an argument is None, and how many dimensions a tensor has.
+``self``, which each call checks again, whether an argument is None, how many dimensions a tensor has, and whether it
+has the channels that ``self`` says.
 """
 
 import ast
@@ -18,7 +19,7 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _REFUSED = {ast.Try: "catches exceptions", ast.With: "has a with statement", ast.AsyncWith: "has a with statement",
             ast.Global: "writes to global names", ast.Nonlocal: "writes to outer names", ast.Yield: "yields",
             ast.YieldFrom: "yields", ast.Await: "awaits", ast.NamedExpr: "assigns within expressions",
-            ast.Match: "has a match statement", ast.Delete: "deletes"}
+            ast.Match: "has a match statement"}
 
 
 class Unreadable(Exception):
@@ -85,6 +86,8 @@ class _Function:
             for cls, what in _REFUSED.items():
                 if isinstance(node, cls):
                     self.refuse(what)
+            if isinstance(node, ast.Delete) and not all(isinstance(target, ast.Name) for target in node.targets):
+                self.refuse("deletes")
             if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     for part in ast.walk(target):
@@ -118,6 +121,8 @@ class _Function:
             self.tested.add(path)
         elif isinstance(node, ast.Constant) or isinstance(node, ast.Attribute) and node.attr == "ndim":
             pass
+        elif _compares_channels(node):
+            self.allow(node.comparators[0])  # the trace goes the way of an x that has as many
         elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops) and all(
                 isinstance(c, ast.Constant) and c.value is None for c in node.comparators):
             path = self.path(node.left)
@@ -175,6 +180,13 @@ class _Function:
         if name == "len" and first is not None and self.path(first) is not None:
             return False  # it may change unseen
         return isinstance(call.func, ast.Attribute) and call.func.attr == "dim" and not call.args
+
+
+def _compares_channels(node: ast.AST) -> bool:
+    match node:
+        case ast.Compare(ast.Subscript(ast.Attribute(ast.Name(), "shape"), ast.Constant(1)), [ast.Eq() | ast.NotEq()]):
+            return True
+    return False
 
 
 def _tests(node: ast.AST) -> List[ast.AST]:

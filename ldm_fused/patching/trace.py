@@ -18,6 +18,7 @@ class Traced(NamedTuple):
     inputs: Tuple[fx.Node, ...]
     names: Tuple[str, ...]  # of the attributes that decide
     has_modes: bool  # whether ``training`` does
+    channels: Tuple[int, ...]  # numbers of channels that the first input is asked to have
 
 
 def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
@@ -57,7 +58,7 @@ def trace(module: nn.Module, method: str, ranks: Dict[int, int]) -> Traced:
             gc.enable()
     sources += [source.read(code, cls) for code in called]
     has_modes = any("training" in s.read or "training" in s.tested for s in sources)
-    return Traced(graph, tuple(tracer.inputs), source.deciding(module, sources), has_modes)
+    return Traced(graph, tuple(tracer.inputs), source.deciding(module, sources), has_modes, tuple(tracer.channels))
 
 
 _TRUSTED = {"torch", "numpy", "einops", *sys.stdlib_module_names}
@@ -91,6 +92,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.traced_func_name, self.arguments = method, arguments
         self.inputs: List[fx.Node] = []
+        self.channels: List[int] = []
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         values = [self.root]
@@ -114,6 +116,20 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node):
         return _Proxy(node, self)
+
+    def to_bool(self, obj):
+        node = obj.node
+        if node.target not in (operator.eq, operator.ne) or not self.is_channels(node.args[0]):
+            return super().to_bool(obj)
+        self.channels.append(node.args[1])
+        return node.target is operator.eq
+
+    def is_channels(self, node):
+        """Whether a node is ``x.shape[1]`` of the first input."""
+        if not isinstance(node, fx.Node) or node.target is not operator.getitem or node.args[1] != 1:
+            return False
+        shape = node.args[0]
+        return shape.target is getattr and shape.args == (self.inputs[0], "shape")
 
     def create_proxy(self, kind, target, args, kwargs, *others, **more):
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **more)

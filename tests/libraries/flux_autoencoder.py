@@ -24,6 +24,15 @@ class ResnetBlock(nn.Module):
         return h + (x if self.in_channels == self.out_channels else self.nin_shortcut(x))
 
 
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=1, padding=1)
+
+    def forward(self, x):
+        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
 class Decoder(nn.Module):
     def __init__(self):
         super().__init__()

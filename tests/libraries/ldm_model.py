@@ -47,6 +47,18 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
 
+class Upsample(nn.Module):
+    def __init__(self, channels, with_conv=True):
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+
 class Decoder(nn.Module):
     def __init__(self, channels=32, blocks=True):
         super().__init__()

@@ -17,6 +17,27 @@ class Resample(nn.Module):
         return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
 
 
+class Upsample(nn.Module):
+    """Of videos it doubles height and width."""
+
+    def __init__(self, channels, use_conv=True, dims=2, out_channels=None):
+        super().__init__()
+        self.channels, self.use_conv, self.dims = channels, use_conv, dims
+        if use_conv:
+            conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+            self.conv = conv(channels, out_channels or channels, 3, padding=1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        if self.dims == 3:
+            x = F.interpolate(x, (x.shape[2], x.shape[3] * 2, x.shape[4] * 2), mode="nearest")
+        else:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.use_conv:
+            x = self.conv(x)
+        return x
+
+
 class ResBlock(nn.Module):
     def __init__(self, channels, emb_channels, dropout, out_channels=None, use_scale_shift_norm=False,
                  use_checkpoint=False, up=False, down=False):

@@ -187,7 +187,7 @@ def test_each_stage_has_its_part_of_the_time():
 CORRECT = ["correct", "--device", "cpu", "--stages", "tests,instances,sanitizer", "--pytest", "tests/test_part.py"]
 TIME = ["time", "--device", "cpu", "--stages", "timings,decoder", "--bench",
         "--shape 2,32,4,4 --op --forward --backward --providers eager,ours,again --threads 1 --min-run-time 0.001",
-        "--decoder", "--resolution 16 --providers eager,ours --min-run-time 0.001"]
+        "--decoder", "--resolution 16 --providers eager,patch --min-run-time 0.001"]
 
 
 def test_both_parts_on_a_cpu(tmp_path, monkeypatch, capsys):
@@ -204,9 +204,9 @@ def test_both_parts_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert gpu.main([*TIME, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr()
     modes = [result["mode"] for result in out(tmp_path, "timings.json")["results"]]
     assert modes == ["forward", "backward"] and out(tmp_path, "run.json")["again"]["cases"] == 2
-    assert out(tmp_path, "decoder.json")["results"][0]["model"] == "ldm-decoder"
+    assert [(r["model"], r["mode"]) for r in out(tmp_path, "decoder.json")["results"]] == [("ldm", "decode")]
     summary = out(tmp_path, "summary.md")
-    assert "| ldm-decoder | forward | 16 pixels |" in summary and "Ours against itself: " in summary
+    assert "| ldm | decode | 16 pixels | float32 | patch |" in summary and "Ours against itself: " in summary
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import bypass
-from .. import swap
+from .. import layout, swap
 from ..adapter import Block, channels
 from ..pair import Parent
+from ..upsample import Upsample, Upsampling
 
 
 class ResnetBlock(Block):
@@ -46,7 +47,7 @@ class ResnetBlock2D(ResnetBlock):
             modulate = dict(zip(("scale", "shift"), temb.chunk(2, dim=1)))
         resample = block.upsample if block.upsample is not None else block.downsample
         parts = self.parts_of(block)
-        if block.training and parts["shortcut"] is not None:
+        if block.training and parts["shortcut"] is not None and not layout.is_laid_out(parts["shortcut"]):
             input_tensor = input_tensor.contiguous()
         return self.resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
                            resample=resample, scale=1.0 / block.output_scale_factor)
@@ -144,10 +145,31 @@ class CogVideoXBlock(ResnetBlock):
         return self.resnet(block, inputs, **parts, temb=temb), after
 
 
+class Upsample2D(Upsample):
+    """Its forward also takes a size, and then runs as it is; it asks for sizes that nearest upsampling had trouble
+    with."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def known_of(self, module: nn.Module) -> Upsampling:
+        return Upsampling("conv" if module.name == "conv" else "Conv2d_0", (True, True))
+
+    def obstacle(self, module: nn.Module) -> Optional[str]:
+        for name, expected in (("use_conv", True), ("use_conv_transpose", False), ("interpolate", True)):
+            if getattr(module, name) is not expected:
+                return f"its {name} is {getattr(module, name)}"
+        return "it has a norm" if module.norm is not None else super().obstacle(module)
+
+    def call_obstacle(self, module: nn.Module, known: Upsampling, x: Tensor) -> Optional[str]:
+        return self.obstacle(module) or super().call_obstacle(module, known, x)
+
+
 CLASSES = {
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D(),
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D(),
     "diffusers.models.resnet.TemporalResnetBlock": TemporalResnetBlock(),
+    "diffusers.models.upsampling.Upsample2D": Upsample2D(),
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXBlock(),
     # These call the norm with one argument or two. Other ends are read.
     "diffusers.models.autoencoders.vae.Decoder": Parent("conv_norm_out", "conv_act"),
