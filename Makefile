@@ -1,7 +1,7 @@
 # From a bare clone: `make test` and `make bench` set up all they need in .venv.
 # With PYTHON=/path/python they use that interpreter and its packages as they are, and add only the in-place build.
 
-PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis setuptools wheel
+PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis pillow setuptools wheel
 
 INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
     einops==0.8.2 numpy pytest

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import bypass, functional, ops, reference
-from .route import decided
+from .decisions import decided
 
 Count = Callable[[Tensor, Optional[str]], None]  # takes a norm's input, and the reason why it was not fused, or None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import bypass
-from ..route import decided
+from ..decisions import decided
 from . import swap
 from .adapter import STATE, Adapter, sites
 from .norm import call_obstacle, group_norm

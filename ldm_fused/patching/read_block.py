@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import bypass, reference
-from ..route import decided
+from ..decisions import decided
 from . import formula, source, swap
 from .adapter import Block, channels, sites
 from .source import Unreadable

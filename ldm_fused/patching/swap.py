@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import bypass
-from ..route import decided
+from ..decisions import decided
 from .adapter import STATE, Adapter, sites
 from .call import Call, has_proxy
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .. import bypass
 from ..ops import accumulate_dtype, in_transform
-from ..route import decided
+from ..decisions import decided
 from . import formula, source, swap
 from .adapter import Adapter, sites
 from .source import Unreadable

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import bypass
-from ...route import decided
+from ...decisions import decided
 from .. import source, swap
 from ..adapter import Adapter, Block, sites
 from ..norm import group_norm

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ... import bypass
 from ...resnet_block import norm_swish
-from ...route import decided
+from ...decisions import decided
 from .. import swap
 from ..adapter import Adapter, channels, sites
 from ..norm import call_obstacle, group_norm

@@ -15,11 +15,11 @@ T = TypeVar("T")
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignored: None)
 
 
-class _Route:
+class _Decisions:
     """The decisions of a checkpoint's frame in their order, and how many each recomputation has taken."""
 
     def __init__(self) -> None:
-        self.decisions: List[Any] = []
+        self.made: List[Any] = []
         self.taken: Dict[Any, int] = {}
 
 
@@ -33,14 +33,14 @@ def decided(decide: Callable[..., T], *args: Any) -> T:
     frame, group = _frame(hooks[0])
     if frame is None:
         return decide(*args)
-    route = vars(frame).setdefault("_ldm_fused_route", _Route())
+    known = vars(frame).setdefault("_ldm_fused_decisions", _Decisions())
     if group is None:
         decision = decide(*args)
-        route.decisions.append(decision)
+        known.made.append(decision)
         return decision
-    i = route.taken.get(group, 0)
-    route.taken[group] = i + 1
-    return route.decisions[i] if i < len(route.decisions) else decide(*args)
+    i = known.taken.get(group, 0)
+    known.taken[group] = i + 1
+    return known.made[i] if i < len(known.made) else decide(*args)
 
 
 def _frame(pack_hook: Callable) -> Tuple[Optional[Any], Any]:
