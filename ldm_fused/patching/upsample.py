@@ -30,7 +30,7 @@ _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose
 
 
 class Upsampling(NamedTuple):
-    """The paths of the convolution, and of the nn.Upsample before it, where one is; the axes behind the channels that are
+    """The paths of the convolution, and of the nn.Upsample before it, where one is; which axes behind the channels are
     doubled."""
 
     conv: str
