@@ -87,7 +87,7 @@ def learn(known: Iterable[Tuple[Any, ...]]) -> None:
         remember(cls, *what)
 
 
-for _cls in (nn.Dropout, nn.Identity, nn.Linear, nn.SiLU, nn.Sequential):
+for _cls in (nn.Dropout, nn.Identity, nn.Linear, nn.SiLU, nn.Sequential, nn.Upsample):
     know(_cls)
 for _cls in (nn.Conv2d, nn.Conv3d, nn.Conv1d):
     know_convolution(_cls)

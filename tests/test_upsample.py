@@ -143,10 +143,11 @@ class Then(nn.Module):
 
     def __init__(self, conv=None, **up):
         super().__init__()
-        self.conv, self.up = conv or nn.Conv2d(8, 8, 3, padding=1), {"scale_factor": 2.0, "mode": "nearest", **up}
+        self.conv = conv or nn.Conv2d(8, 8, 3, padding=1)
+        self.size, self.factor, self.mode = up.get("size"), up.get("scale_factor", 2.0), up.get("mode", "nearest")
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, **self.up))
+        return self.conv(F.interpolate(x, self.size, self.factor, mode=self.mode))
 
 
 class InTraining(nn.Module):
@@ -166,8 +167,9 @@ class Clamped(Then):
 @pytest.mark.parametrize("make,reason", [
     (lambda: Then(mode="bilinear"), "interpolates by 'bilinear'"),
     (lambda: Then(scale_factor=3), "does not double"),
-    (lambda: Then(scale_factor=(1.0, 1.0)), "does not double"),
-    (lambda: Then(scale_factor=None, size=(10, 8)), "does not double"),
+    (lambda: Then(scale_factor=1), "does not double"),
+    (lambda: Then(scale_factor=(2, 2)), "it reads self.factor, a tuple"),  # it is right, and may become a list
+    (lambda: Then(scale_factor=None, size=[10, 8]), "it reads self.size, a list"),
     (lambda: Then(nn.Conv2d(8, 8, 5, padding=2)), "its convolution is Conv2d"),
     (lambda: Then(nn.Conv2d(8, 8, 3)), "its convolution is Conv2d"),
     (lambda: Then(nn.Conv2d(8, 8, 3, padding=1, stride=2)), "its convolution is Conv2d"),
@@ -236,6 +238,27 @@ def test_a_convolution_that_was_changed_is_called(disturb, reason, order, load):
     assert torch.equal(model(x), expected)
     run = ldm_fused.report(model)
     assert found.skipped and not run.upsamplings or any(reason in told for told in run.upsamplings[0].fallbacks)
+
+
+@pytest.mark.parametrize("disturb,reason", [
+    (lambda m: setattr(m.up, "scale_factor", 3.0), "something else"),
+    (lambda m: setattr(m.up, "mode", "bilinear"), "something else"),
+    (lambda m: setattr(m, "up", nn.Upsample(size=(9, 9))), "something else"),
+    (lambda m: setattr(m, "up", nn.Identity()), "it is a Identity"),
+    (lambda m: m.up.register_forward_hook(lambda module, args, y: 2 * y), "it has hooks"),
+    (lambda m: m.postconv.register_forward_hook(lambda module, args, y: 2 * y), "its Held: it has hooks"),
+    (lambda m: m.postconv.add_module("act", nn.SiLU()), "its Held: it has other parts"),
+    (lambda m: m.add_module("act", nn.SiLU()), "it has other parts"),
+], ids=["factor", "mode", "size", "another", "hook", "hook on a container", "another layer", "another part"])
+def test_parts_of_a_sequential_that_were_changed_are_called(disturb, reason):
+    model, x = randomize(Monais()).double(), random(2, 8, 4, 3)
+    ldm_fused.patch(model, fold_upsample=True, strict=True)
+    disturb(model)
+    with ldm_fused.disabled():
+        expected = model(x)
+    assert torch.equal(model(x), expected)
+    [told] = ldm_fused.report(model).upsamplings[0].fallbacks
+    assert reason in told
 
 
 @pytest.mark.parametrize("change", [

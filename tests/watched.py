@@ -54,7 +54,7 @@ class LayoutCopies(TorchDispatchMode):
             if name == "ldm_fused::bias_add_residual" and not self.is_channels_last(args[1]):
                 self.found.append((name, tuple(x.shape)))
         elif name in ("aten::add", "aten::add_") and x.dim() >= 4 and isinstance(args[1], Tensor):
-            if args[1].dim() == x.dim() and not (self.is_channels_last(x) and self.is_channels_last(args[1])):
+            if args[1].dim() == x.dim() and self.is_channels_last(x) != self.is_channels_last(args[1]):
                 self.found.append((name, tuple(x.shape)))
         return result
 

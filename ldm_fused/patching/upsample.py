@@ -30,10 +30,12 @@ _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose
 
 
 class Upsampling(NamedTuple):
-    """The path of the convolution, and which axes behind the channels are doubled before it."""
+    """The paths of the convolution, and of the nn.Upsample before it, where one is; which axes behind the channels are
+    doubled."""
 
     conv: str
     doubled: Tuple[bool, ...]
+    up: Optional[str] = None
 
 
 class Upsample(Adapter):
@@ -81,13 +83,20 @@ class Upsample(Adapter):
             if now is not value and now != value:
                 return f"its {name} has changed since it was read"
         *containers, conv = _on_path(module, known.conv)
-        parts = [*containers, *(up for up in module._modules.values() if type(up) is nn.Upsample)]
-        for part in parts:
-            reason = bypass.hooks_obstacle(part)
-            if reason is None and part in containers and not (_is_sequential(part) and len(part) == 1):
-                reason = "it has other parts than were read"
+        for container in containers:
+            reason = None if _is_sequential(container) and len(container) == 1 else "it has other parts than were read"
+            reason = reason or bypass.hooks_obstacle(container)
             if reason is not None:
-                return f"its {type(part).__name__}: {reason}"
+                return f"its {type(container).__name__}: {reason}"
+        if known.up is not None:
+            up = module._modules[known.up]
+            reason = bypass.module_obstacle(up, nn.Upsample)
+            if reason is None and _doubled(up.size, up.scale_factor, up.mode, len(known.doubled)) != known.doubled:
+                reason = "it does something else than was read"
+            if reason is not None:
+                return f"its upsampling: {reason}"
+        if isinstance(module, nn.Sequential) and len(module) != 2:
+            return "it has other parts than were read"
         reason = bypass.convolution_obstacle(conv, x.device) or _folding_obstacle(conv, len(known.doubled))
         if reason is not None:
             return f"its convolution: {reason}"
@@ -212,6 +221,10 @@ def read(module: nn.Module) -> Upsample:
     if rank < 3:
         raise Unreadable("it has no convolution")
     traced = trace(module, "forward", {0: rank})
+    forward = inspect.unwrap(type(module).forward)
+    for path in source.read(forward.__code__, type(module)).read:
+        if isinstance(source.told(module, path), (tuple, list, dict, set)):  # which may change unseen
+            raise Unreadable(f"it reads self.{path}, a {type(source.told(module, path)).__name__}")
     if traced.has_modes:
         raise Unreadable("it differs in training")
     known = _formula(traced, module)
@@ -246,17 +259,21 @@ def _formula(traced: Traced, module: nn.Module) -> Upsampling:
     if r.take(node).args[:1] != (x,) and options.get("input") is not x:
         raise Unreadable(f"{node} is not of its input")
     size, factors, mode = options["size"], options["scale_factor"], options["mode"]
-    if mode not in ("nearest", "nearest-exact"):
-        raise Unreadable(f"it interpolates by {mode!r}")
-    axes = x.meta["rank"] - 2
-    if size is None:
-        factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors,) * axes
-    else:
-        factors = tuple(_factor(r, n, i) for i, n in enumerate(size, 2)) if isinstance(size, (tuple, list)) else ()
-    if len(factors) != axes or not set(factors) <= {1, 2} or 2 not in factors:
-        raise Unreadable(f"it does not double: its sizes are {size}, its factors {factors}")
+    if isinstance(size, (tuple, list)) and type(up) is not nn.Upsample:
+        size, factors = None, tuple(_factor(r, n, i) for i, n in enumerate(size, 2))
+    doubled = _doubled(size, factors, mode, x.meta["rank"] - 2)
+    if doubled is None:
+        raise Unreadable(f"it does not double: it interpolates by {mode!r}, with size {size} and factors {factors}")
     r.finish()
-    return Upsampling(path, tuple(factor == 2 for factor in factors))
+    return Upsampling(path, doubled, node.target if type(up) is nn.Upsample else None)
+
+
+def _doubled(size: Any, factors: Any, mode: str, axes: int) -> Optional[Tuple[bool, ...]]:
+    """Which axes an interpolation doubles, if that is all that it does; or None."""
+    factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors,) * axes
+    if mode not in ("nearest", "nearest-exact") or size is not None or len(factors) != axes:
+        return None
+    return tuple(factor == 2 for factor in factors) if 2 in factors and set(factors) <= {1, 2} else None
 
 
 def _factor(r: formula.Reader, node: Any, axis: int) -> Optional[int]:

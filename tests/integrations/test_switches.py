@@ -1,8 +1,6 @@
 """fold_upsample and memory_format on the libraries' own models."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,9 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from support import check, randomize, results
 from taming.modules.diffusionmodules.model import Decoder
 from test_diffusers import autoencoder, reconstruct, reconstruct_unet, unet, unet_inputs
+from watched import LayoutCopies, peak_of
 
 import ldm_fused
-
-sys.path.append(str(Path(__file__).parents[1]))
-from watched import LayoutCopies, peak_of  # noqa: E402
 
 BOTH = {"fold_upsample": True, "memory_format": torch.channels_last}
 SWITCHES = pytest.mark.parametrize("options", [{"fold_upsample": True}, {"memory_format": torch.channels_last}, BOTH],
