@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from . import functional
+from . import functional, readers
 
 _CALL = nn.Module._call_impl  # not __call__, which tracers replace to see each module
 
@@ -122,7 +122,11 @@ def module_obstacle(module: nn.Module, cls: type, device: Optional[torch.device]
         return reason
     if device is not None:
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device != device:
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter and readers.have_functions((parameter,)):
+                return f"its {name} is a {type(parameter).__name__}, which may know PyTorch's functions only"
+            if parameter.device != device:
                 return f"its {name} is on {parameter.device} and the input on {device}"
     return None
 
@@ -196,6 +200,8 @@ def weight_obstacle(norm: nn.Module, x: Tensor) -> Optional[str]:
     weight = getattr(norm, "weight", None)
     if weight is None:
         return None
+    if type(weight) is not nn.Parameter and readers.have_functions((weight,)):
+        return f"its weight is a {type(weight).__name__}, which may know PyTorch's functions only"
     if not functional.takes_beside(weight.dtype, x.dtype):
         return f"its weight is {weight.dtype} and the input {x.dtype}"
     if weight.device != x.device:

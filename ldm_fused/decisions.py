@@ -10,6 +10,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
 import torch
 
+from .readers import untraced
+
 T = TypeVar("T")
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignored: None)
@@ -29,7 +31,7 @@ def decided(decide: Callable[..., T], *args: Any) -> T:
         return decide(*args)
     hooks = _top_hooks(False)
     if hooks is None:
-        return decide(*args)
+        return untraced(decide, *args)
     frame, group = _frame(hooks[0])
     if frame is None:
         return decide(*args)

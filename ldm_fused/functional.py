@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
+from . import ops, readers, reference, sizes
+from .decisions import decided
 
 __all__ = ["bias_add_residual", "group_norm_act", "group_norm_silu"]
 
@@ -83,12 +84,16 @@ def group_norm_act(
     """
     tensors = (x, weight, bias, pre_bias, scale, shift)
     if has_torch_function(tensors):
+        if readers.have_functions(tensors):
+            return _plain(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p)
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
                                      pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
     if pre_bias is None and scale is None and shift is None and dropout_p == 0.0:
         y = _inference(x, num_groups, weight, bias, eps, activation)
         if y is not None:
             return y
+    if decided(readers.is_off):
+        return _switched_off(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p)
     out_dtype = None
     if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):
         # F.group_norm is one of the ops that CUDA autocast runs in float32.
@@ -103,7 +108,7 @@ def group_norm_act(
 def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, bias, eps, *, activation="silu",
                       pre_bias=None, scale=None, shift=None, dropout_p=0.0) -> Tensor:
     """:func:`group_norm_act`, but it stores in ``out_dtype`` (None: x's dtype), whatever autocast would do."""
-    a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
+    a = readers.untraced(checked, x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
     if dropout_p == 0.0:
         return route(ops.GROUP_NORM_ACT, a)
     p = _number(dropout_p, "dropout_p")
@@ -119,10 +124,28 @@ def group_norm_act_and_shortcut(out_dtype: Optional[torch.dtype], x, num_groups,
                                 scale=None, shift=None) -> Tuple[Tensor, Tensor]:
     """:func:`group_norm_act_as`, and x for a shortcut: in eager mode the shortcut's gradient is added to dx in the same
     kernel."""
-    a = checked(x, num_groups, weight, bias, eps, "silu", pre_bias, scale, shift, out_dtype)
+    a = readers.untraced(checked, x, num_groups, weight, bias, eps, "silu", pre_bias, scale, shift, out_dtype)
     if x.requires_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return route(ops.GROUP_NORM_ACT_AND_SHORTCUT, a)
     return route(ops.GROUP_NORM_ACT, a), x
+
+
+def _switched_off(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p) -> Tensor:
+    """The op within :func:`ldm_fused.disabled`."""
+    a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, None)
+    if all(t is None or t.dtype == x.dtype for t in a.tensors):
+        return _plain(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p)
+    y = ops.composed(a)  # F.group_norm does not take such parameters on each device
+    return F.dropout(y, dropout_p) if dropout_p else y
+
+
+def _plain(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p) -> Tensor:
+    """The op as PyTorch's functions compute it, one after the other."""
+    y = reference.group_norm_act(x, num_groups, weight, bias, eps, activation=None, pre_bias=pre_bias, scale=scale,
+                                 shift=shift)
+    if activation is not None:
+        y = F.silu(y)
+    return F.dropout(y, dropout_p) if dropout_p else y
 
 
 def route(op: ops.Op, a):
@@ -130,7 +153,7 @@ def route(op: ops.Op, a):
     if not has_kernels(a.x):
         _warn_without_kernels(a.x.device)
         return op.composed(a)
-    if ops.in_transform():
+    if ops.in_transform() or readers.to_onnx():
         return op.composed(a)
     if torch.compiler.is_compiling():
         return op.registered(*a)
@@ -156,6 +179,8 @@ def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or weight is not None and weight.requires_grad
                                     or bias is not None and bias.requires_grad):
         return None
+    if readers.off:  # not left to the caller: a recomputation without the switch would decide nothing there
+        return _switched_off(x, num_groups, weight, bias, eps, activation, None, None, None, 0.0)
     try:
         return ops.group_norm_act_inference(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation])
     except RuntimeError:
@@ -203,10 +228,19 @@ def bias_add_residual(
     """
     tensors = (x, residual, bias, residual_bias)
     if has_torch_function(tensors):
+        if readers.have_functions(tensors):
+            return reference.bias_add_residual(x, residual, bias, residual_bias, scale)
         return handle_torch_function(bias_add_residual, tensors, x, residual, bias, residual_bias, scale)
+    a = readers.untraced(_checked_residual, x, residual, bias, residual_bias, scale)
+    if decided(readers.is_off):
+        return reference.bias_add_residual(*a)
+    return ops.composed_residual(a) if x.dtype != residual.dtype else route(ops.BIAS_ADD_RESIDUAL, a)
+
+
+def _checked_residual(x, residual, bias, residual_bias, scale) -> ops.ResidualArguments:
     _check_input(x)
     _check_input(residual, "residual")
-    if residual.shape != x.shape:
+    if sizes.differ(residual.shape, x.shape):
         raise RuntimeError(f"residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
     if residual.device != x.device:
         raise RuntimeError(f"residual must be on x's device {x.device}, got {residual.device}")
@@ -215,8 +249,7 @@ def bias_add_residual(
         _check_parameter(bias, "bias", x.dtype, x.device, channels, None)
     if residual_bias is not None:
         _check_parameter(residual_bias, "residual_bias", residual.dtype, x.device, channels, None)
-    a = ops.ResidualArguments(x, residual, bias, residual_bias, _number(scale, "scale"))
-    return ops.composed_residual(a) if x.dtype != residual.dtype else route(ops.BIAS_ADD_RESIDUAL, a)
+    return ops.ResidualArguments(x, residual, bias, residual_bias, _number(scale, "scale"))
 
 
 def is_autocast(x) -> bool:
@@ -263,7 +296,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     batch, channels = shape[0], shape[1]
-    if batch * channels // num_groups == 1 and math.prod(shape[2:]) == 1:
+    if batch * channels // num_groups * math.prod(shape[2:]) == 1:  # one product: no size is compared by itself
         raise ValueError(f"x must have more than 1 value per group, got {list(shape)} and num_groups={num_groups}")
     if channels % num_groups:
         raise RuntimeError(f"num_groups must divide the number of channels of x, got num_groups={num_groups} and shape "
@@ -284,7 +317,7 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
         _check_parameter(scale, "scale", dtype, device, None, (batch, channels))
     if shift is not None:
         _check_parameter(shift, "shift", dtype, device, None, (batch, channels))
-    if 0 in shape and not torch.compiler.is_compiling():  # torch releases differ in which empty tensors they refuse
+    if not torch.compiler.is_compiling() and 0 in shape:  # torch releases differ in which empty tensors they refuse
         F.group_norm(x, num_groups, weight, bias, eps)
     return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
 
@@ -308,7 +341,7 @@ def _check_input(x, name="x"):
 def _check_parameter(t, name, dtype, device, shape, batched_shape):
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor or None, got {type(t).__name__}")
-    if t.shape != shape and t.shape != batched_shape:
+    if all(s is None or sizes.differ(t.shape, s) for s in (shape, batched_shape)):
         expected = " or ".join(str(list(s)) for s in (shape, batched_shape) if s is not None)
         raise RuntimeError(f"{name} must have shape {expected}, as x has {(shape or batched_shape)[-1]} channels, "
                            f"got {list(t.shape)}")

@@ -3,15 +3,18 @@
 import inspect
 from typing import Optional
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bypass, functional, reference
+from . import bypass, functional, readers, reference
 from .patching import read_block, trial
 from .patching.adapters.own import BLOCK
 from .patching.call import Call
 from .patching.report import UnsupportedBlock
 from .patching.source import Unreadable
 from .resnet_block import Stage, resnet
+from .decisions import decided
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
 
@@ -24,7 +27,10 @@ class GroupNormSiLU(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
+        if torch.jit.is_scripting():
+            return F.silu(F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps))
+        else:  # which a script leaves out
+            return functional.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class FusedResnetBlock(reference.ResnetBlock):
@@ -99,6 +105,8 @@ class FusedResnetBlock(reference.ResnetBlock):
         Raises:
             ValueError: for a ``temb`` given to a block without ``temb_proj``.
         """
+        if decided(readers.is_off) or readers.is_read((x, temb)):
+            return super().forward(x, temb)
         if temb is not None:
             if not hasattr(self, "temb_proj"):
                 raise ValueError("temb was given to a block without temb_proj: construct it with temb_channels > 0")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import bypass, functional, ops, reference
+from . import bypass, functional, ops, reference, sizes
 from .decisions import decided
 
 Count = Callable[[Tensor, Optional[str]], None]  # takes a norm's input, and the reason why it was not fused, or None
@@ -91,18 +91,19 @@ def resnet(
         shortcut_bias = decided(bias_left, shortcut, x)
         x = convolution(shortcut, x, shortcut_bias)
     # The result's layout is that of h, for the convolution's weight may be in channels_last, and x is not yet.
-    if x.dtype != h.dtype or x.shape != h.shape or bias2 is None and shortcut_bias is None and scale == 1.0:
-        if bias2 is None and x.dtype == h.dtype and x.shape == h.shape and decided(_is_ours, h, second.conv):
-            return h.add_(with_bias(x, shortcut_bias))
+    is_sum = bias2 is None and shortcut_bias is None and scale == 1.0
+    if is_sum and decided(_takes_sum, h, x, second.conv):
+        return h.add_(x)
+    if is_sum or not decided(_are_alike, h, x):
         y = with_bias(h, bias2) + with_bias(x, shortcut_bias)
         return y if scale == 1.0 else y * scale
     return functional.bias_add_residual(h, x, bias2, shortcut_bias, scale)
 
 
-def _is_ours(h: Tensor, conv: nn.Module) -> bool:
-    """Whether ``h``, which ``conv`` gave, may be written to: nobody else holds it, and autograd has not kept it."""
+def _takes_sum(h: Tensor, x: Tensor, conv: nn.Module) -> bool:
+    """Whether x may be added to ``h``, which ``conv`` gave, in place: nobody else holds it, autograd has not kept it."""
     return not torch.compiler.is_compiling() and not ops.in_transform() and not torch.jit.is_tracing() and (
-        bypass.is_plain_convolution(conv, h.device))
+        _are_alike(h, x)) and bypass.is_plain_convolution(conv, h.device)
 
 
 def _may_recompute() -> bool:
@@ -173,7 +174,7 @@ def norm_swish(
     itself. ``into`` is the convolution that takes the result: under autocast the op stores in the dtype that a plain
     convolution would cast it to. ``count`` is called with x, and the reason why the norm was not fused, or None.
     """
-    if pre_bias is not None and (pre_bias.dtype != x.dtype or pre_bias.shape != x.shape[:2]):
+    if pre_bias is not None and not decided(_are_alike, pre_bias, x, 2):
         # Promoted or broadcast, as PyTorch does it.
         x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None
     reason = decided(_norm_swish_obstacle, norm, x, scale, shift, act)
@@ -206,6 +207,11 @@ def norm_swish(
                                         scale=scale, shift=shift, dropout_p=dropout_p), x
 
 
+def _are_alike(a: Tensor, b: Tensor, dimensions: Optional[int] = None) -> bool:
+    """Whether ``a`` has the dtype of ``b`` and the shape of that many of its first dimensions."""
+    return a.dtype == b.dtype and sizes.are_same(a.shape, b.shape[:dimensions])
+
+
 def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tensor]) -> Tensor:
     x = with_bias(x, conv_bias)
     return x if pre_bias is None else x + reference.per_channel(pre_bias, x)
@@ -220,7 +226,7 @@ def _norm_swish_obstacle(norm: nn.Module, x: Tensor, scale, shift, act) -> Optio
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):
-        if t is not None and (t.shape != x.shape[:2] or not functional.takes_beside(t.dtype, x.dtype)):
+        if t is not None and (not sizes.are_same(t.shape, x.shape[:2]) or not functional.takes_beside(t.dtype, x.dtype)):
             return f"its {name} is {t.dtype} {list(t.shape)} and the input {x.dtype} {list(x.shape)}"
     return None
 

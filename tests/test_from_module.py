@@ -148,7 +148,7 @@ def without_dropout(block):
     (WrongGradient, "detach"),
     (DropoutLast, "no norm that is known|is not swish"),
     (AlwaysDropout, "its dropout is 0.1"),
-    (Subclass, "cannot be traced"),
+    (Subclass, "branches on"),
     (lambda: hooked(reference.ResnetBlock(in_channels=32, dropout=0.0)), "it has hooks"),
     (Failing, "cannot be traced"),
     (WithBatchNorm, "another submodule, norm3"),

@@ -3,8 +3,6 @@
 import inspect
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
-import torch.fx
-
 _MISSING = inspect.Parameter.empty
 
 
@@ -53,11 +51,3 @@ def _same(value: Any, default: Any) -> bool:
     if value is default:
         return value is not _MISSING
     return isinstance(value, (bool, int, float, str)) and type(value) is type(default) and value == default
-
-
-def has_proxy(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
-    """Whether ``torch.fx`` traces: it must see the class's own code."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.fx.Proxy):
-            return True
-    return False

@@ -1,38 +1,17 @@
-"""Swapping an instance's class for a subclass that fuses it, and back; what the instance keeps; the switch."""
+"""Swapping an instance's class for a subclass that fuses it, and back; what the instance keeps."""
 
 import copyreg
-import os
 import weakref
-from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import bypass
+from .. import bypass, readers
 from ..decisions import decided
 from .adapter import STATE, Adapter, sites
-from .call import Call, has_proxy
-
-# ---- The switch ----------------------------------------------------------------------------------------------------
-
-_disabled = 1 if os.environ.get("LDM_FUSED_DISABLE", "") not in ("", "0") else 0
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """Within it patched modules run the code that they had before, to the bit, in the whole process.
-
-    The environment variable ``LDM_FUSED_DISABLE=1`` does so from the start.
-    """
-    global _disabled
-    _disabled += 1
-    try:
-        yield
-    finally:
-        _disabled -= 1
-
+from .call import Call
 
 # ---- What an instance keeps ----------------------------------------------------------------------------------------
 
@@ -116,22 +95,27 @@ def subclass(original: type, adapter: Adapter) -> type:
         def runs_before(self):
             # Somebody who has replaced the class's forward wants it to run. An instance without state was made from a
             # patched one's class, as a slice of a Sequential is.
-            return _disabled > 0 or getattr(original, method) is not before or STATE not in self.__dict__
+            return readers.off > 0 or getattr(original, method) is not before or STATE not in self.__dict__
+
+        # torch.jit.script reads the source of ``before``, and looks its names up in these functions' globals and cells.
+        # So the globals are those of ``before``, and the cells have names that no source has.
+        _class, _method, _before, _call, _adapter = original, method, before, call, adapter
+        _decided, _runs_before, _is_read, _count_unseen = decided, runs_before, readers.is_read, count_unseen
 
         def forward(self, *args, **kwargs):
-            if decided(runs_before, self) or has_proxy(args, kwargs):
-                return getattr(original, method)(self, *args, **kwargs)
-            if call.takes_all:
-                return adapter.forward(self, *args, **kwargs)
-            bound = call.bind(args, kwargs)
+            if _decided(_runs_before, self) or _is_read((*args, *kwargs.values())):
+                return getattr(_class, _method)(self, *args, **kwargs)
+            if _call.takes_all:
+                return _adapter.forward(self, *args, **kwargs)
+            bound = _call.bind(args, kwargs)
             if bound is None:
-                count_unseen(self, "it was called with other arguments")
-                return before(self, *args, **kwargs)
-            return adapter.forward(self, *bound)
+                _count_unseen(self, "it was called with other arguments")
+                return _before(self, *args, **kwargs)
+            return _adapter.forward(self, *bound)
 
         # Each class has a code object of its own: compilers limit how often they compile one.
         code = forward.__code__.replace(co_name=method)
-        forward = FunctionType(code, forward.__globals__, method, None, forward.__closure__)
+        forward = FunctionType(code, getattr(before, "__globals__", globals()), method, None, forward.__closure__)
 
         def __reduce_ex__(self, protocol):
             make, args, *more = original.__reduce_ex__(self, max(protocol, 2))
