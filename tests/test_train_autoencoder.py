@@ -46,7 +46,8 @@ STEPS = 160
 # How many times as far from float64 as eager training a fused one may be. Rounding grows while a model trains, and
 # where it leads is luck: of eager runs in float32 whose weights differ by half a unit in the last place, one was 1.3
 # times as far as another in the first fifth, 1.7 times in the third and 4.3 times in the last; in bfloat16 up to twice.
-LUCK = 6
+# Three and a half times that is allowed, for processors round differently.
+LUCK = torch.tensor([4.5, 5, 6, 10, 15])  # by fifths
 
 
 def curve(path, shown, *options):
@@ -96,7 +97,7 @@ def test_mistakes_would_be_seen_in_the_first_fifth_in_float32(tmp_path, shown, t
     rounding = first("float32", "float32")
     norm = F.group_norm
     monkeypatch.setattr(F, "group_norm", lambda *arguments: mistake(norm, *arguments))
-    assert first("mistaken", "float64") > 2 * LUCK * rounding
+    assert first("mistaken", "float64") > 2 * LUCK[0] * rounding
 
 
 @pytest.mark.parametrize("options", [[], ["--fold-upsample", "--channels-last"]])
