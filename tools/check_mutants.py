@@ -79,6 +79,7 @@ HARMLESS = [
     ("r.held > 0", "bound + 1", "8 or 16 or none"),
     ("int lanes = kRun; lanes < 32", "bound - 1", "it goes by powers of two"),
     ("count > 0 ? own.count", "bound + 1", "counts are of whole vectors"),
+    ("count > 0 ? own.count", "bound - 1", "what no vector went into counts for nothing"),
     ("r.held > 0", "bound - 1", "where none is held, no vector is behind the steps"),
 ]
 
