@@ -66,7 +66,9 @@ def have_functions(values: Sequence[Any]) -> bool:
 
 def to_onnx() -> bool:
     """Whether a model is exported to ONNX. What Dynamo reads is not: it hands the op on to who asked for it."""
-    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()) or torch.compiler.is_dynamo_compiling():
+    if torch._C._get_tracing_state() is None and not torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_dynamo_compiling():
         return False
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 

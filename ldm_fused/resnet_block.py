@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import bypass, functional, ops, reference, sizes
+from . import bypass, functional, ops, readers, reference, sizes
 from .route import decided
 
 Count = Callable[[Tensor, Optional[str]], None]  # of a norm's input, and the reason why the norm was called, or None
@@ -89,7 +89,7 @@ def resnet(
     if shortcut is not None:
         shortcut_bias = decided(bias_left, shortcut, x)
         x = convolution(shortcut, x, shortcut_bias)
-    if bias2 is None and shortcut_bias is None and scale == 1.0 or not decided(_are_alike, x, h):
+    if bias2 is None and shortcut_bias is None and scale == 1.0 or not _are_alike(x, h):
         y = with_bias(x, shortcut_bias) + with_bias(h, bias2)
         return y if scale == 1.0 else y * scale
     return functional.bias_add_residual(x, h, shortcut_bias, bias2, scale)  # the result's layout is x's
@@ -163,7 +163,7 @@ def norm_swish(
     itself. ``into`` is the convolution that takes the result: under autocast the op stores in the dtype that a plain
     convolution would cast it to. ``count`` is told of x, and the reason why the norm was called, or None.
     """
-    if pre_bias is not None and not decided(_are_alike, pre_bias, x, 2):
+    if pre_bias is not None and not _are_alike(pre_bias, x, 2):
         # Promoted or broadcast, as PyTorch does it.
         x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None
     reason = decided(_norm_swish_obstacle, norm, x, scale, shift, act)
@@ -198,7 +198,11 @@ def norm_swish(
 
 def _are_alike(a: Tensor, b: Tensor, dimensions: Optional[int] = None) -> bool:
     """Whether ``a`` has the dtype of ``b`` and the shape of that many of its first dimensions."""
-    return a.dtype == b.dtype and sizes.are_same(a.shape, b.shape[:dimensions])
+    return a.dtype == b.dtype and readers.untraced(_has_shape_of, a, b, dimensions)
+
+
+def _has_shape_of(a: Tensor, b: Tensor, dimensions: Optional[int]) -> bool:
+    return sizes.are_same(a.shape, b.shape[:dimensions])
 
 
 def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tensor]) -> Tensor:
@@ -215,7 +219,8 @@ def _norm_swish_obstacle(norm: nn.Module, x: Tensor, scale, shift, act) -> Optio
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):
-        if t is not None and (not sizes.are_same(t.shape, x.shape[:2]) or not functional.takes_beside(t.dtype, x.dtype)):
+        if t is not None and not (readers.untraced(_has_shape_of, t, x, 2)
+                                  and functional.takes_beside(t.dtype, x.dtype)):
             return f"its {name} is {t.dtype} {list(t.shape)} and the input {x.dtype} {list(x.shape)}"
     return None
 
