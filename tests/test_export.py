@@ -1,6 +1,7 @@
 """``torch.export`` of ops, modules, blocks and patched models, beside the plain ones: batches of any size."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -129,6 +130,7 @@ def test_what_the_op_refuses_is_refused_while_exporting():
         torch.export.export(ours, (x, torch.randn(2, 4), scale, shift), strict=False)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 @torch.no_grad()
 def test_compiled_ahead_of_time(tmp_path):
     """By AOTInductor: the op is called from C++."""
