@@ -137,6 +137,8 @@ def route(op: ops.Op, a):
         return op.composed(a)
     if ops.in_transform():
         return op.composed(a)
+    if type(a.x) not in _PLAIN and readers.is_sharded(a.x):
+        return op.formula(a)
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or torch._C._get_tracing_state() is not None:
         if readers.off:

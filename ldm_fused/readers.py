@@ -64,6 +64,12 @@ def have_functions(values: Sequence[Any]) -> bool:
     return False
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor: our ops have no rules for how they are sharded, and PyTorch's have."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
 def to_onnx() -> bool:
     """Whether a model is exported to ONNX. What Dynamo reads is not: it hands the op on to who asked for it."""
     if torch._C._get_tracing_state() is None and not torch.compiler.is_exporting():

@@ -200,6 +200,28 @@ def test_a_mode_that_watches_functions_leaves_the_op_fused():
     assert len(calls.names) == 1
 
 
+@pytest.fixture
+def mesh(tmp_path):
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["GroupNormSiLU", "bias_add_residual", "group_norm_act"])
+def test_sharded_tensors_get_pytorchs_functions(name, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+
+    ours, plain = (distribute_module(model, mesh) for model in models(name))
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        x = [distribute_tensor(t, mesh, [placement]) for t in inputs(name)]
+        y, expected = ours(*x), plain(*x)
+        assert y.placements == expected.placements
+        close(y.full_tensor(), expected.full_tensor())
+
+
 # ---- disabled ----------------------------------------------------------------------------------------------------
 
 
