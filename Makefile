@@ -4,7 +4,7 @@
 PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis pillow setuptools wheel
 
 INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
-    einops==0.8.2 numpy pytest
+    einops==0.8.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 numpy pytest
 # Installed without its dependencies: the file of blocks that is tested needs none of them.
 INTEGRATIONS_ALONE := taming-transformers==0.0.1
 
@@ -41,7 +41,7 @@ test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
 
 # They have a conftest.py of their own, since that of tests/ is for the emulator.
-test-integrations: build $(READY_INTEGRATIONS) ## test ldm_fused.patch on diffusers, accelerate, PEFT, MONAI and taming
+test-integrations: build $(READY_INTEGRATIONS) ## test ldm_fused on diffusers, accelerate, PEFT, MONAI, taming and ONNX
 	.venv-integrations/bin/python -m pytest --confcutdir tests/integrations tests/integrations $(ARGS)
 
 devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 and T4, in the emulator

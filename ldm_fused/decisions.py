@@ -10,8 +10,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
 import torch
 
-from .readers import untraced
-
 T = TypeVar("T")
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignored: None)
@@ -31,7 +29,7 @@ def decided(decide: Callable[..., T], *args: Any) -> T:
         return decide(*args)
     hooks = _top_hooks(False)
     if hooks is None:
-        return untraced(decide, *args)
+        return decide(*args)
     frame, group = _frame(hooks[0])
     if frame is None:
         return decide(*args)

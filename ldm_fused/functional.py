@@ -85,15 +85,14 @@ def group_norm_act(
     tensors = (x, weight, bias, pre_bias, scale, shift)
     if has_torch_function(tensors):
         if readers.have_functions(tensors):
-            return _plain(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p)
+            y = ops.formula(x, num_groups, weight, bias, eps, activation is not None, pre_bias, scale, shift)
+            return F.dropout(y, dropout_p) if dropout_p else y
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
                                      pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
     if pre_bias is None and scale is None and shift is None and dropout_p == 0.0:
         y = _inference(x, num_groups, weight, bias, eps, activation)
         if y is not None:
             return y
-    if decided(readers.is_off):
-        return _switched_off(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p)
     out_dtype = None
     if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):
         # F.group_norm is one of the ops that CUDA autocast runs in float32.
@@ -114,7 +113,8 @@ def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, b
     p = _number(dropout_p, "dropout_p")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
-    if not has_kernels(x) or ops.in_transform() or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT:
+    if (not has_kernels(x) or ops.in_transform() or readers.to_onnx() or decided(readers.is_off)
+            or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT):
         return F.dropout(route(ops.GROUP_NORM_ACT, a), p)
     seed = torch.randint(2**63 - 1, (1,), device=x.device)
     return route(ops.GROUP_NORM_ACT, a._replace(dropout_seed=seed, dropout_p=p))
@@ -130,35 +130,26 @@ def group_norm_act_and_shortcut(out_dtype: Optional[torch.dtype], x, num_groups,
     return route(ops.GROUP_NORM_ACT, a), x
 
 
-def _switched_off(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p) -> Tensor:
-    """The op within :func:`ldm_fused.disabled`."""
-    a = checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, None)
-    if all(t is None or t.dtype == x.dtype for t in a.tensors):
-        return _plain(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p)
-    y = ops.composed(a)  # F.group_norm does not take such parameters on each device
-    return F.dropout(y, dropout_p) if dropout_p else y
-
-
-def _plain(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, dropout_p) -> Tensor:
-    """The op as PyTorch's functions compute it, one after the other."""
-    y = reference.group_norm_act(x, num_groups, weight, bias, eps, activation=None, pre_bias=pre_bias, scale=scale,
-                                 shift=shift)
-    if activation is not None:
-        y = F.silu(y)
-    return F.dropout(y, dropout_p) if dropout_p else y
-
-
 def route(op: ops.Op, a):
     """The op on checked arguments, by the cheapest way that is right where it is called."""
     if not has_kernels(a.x):
         _warn_without_kernels(a.x.device)
         return op.composed(a)
-    if ops.in_transform() or readers.to_onnx():
+    if ops.in_transform():
         return op.composed(a)
-    if torch.compiler.is_compiling():
-        return op.registered(*a)
-    if torch.is_grad_enabled() and a.requires_grad and not torch.jit.is_tracing():  # a trace keeps the op itself
-        return op.autograd.apply(*a)
+    if type(a.x) not in _PLAIN and readers.is_sharded(a.x):
+        return op.formula(a)
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or torch._C._get_tracing_state() is not None:
+        if readers.off:
+            return op.formula(a)
+        if readers.to_onnx():
+            return op.composed(a)
+        return op.registered(*a) if is_compiling else ops.below_autograd(op.registered, *a)  # a trace keeps the op
+    if torch.is_grad_enabled() and a.requires_grad:
+        return op.formula(a) if decided(readers.is_off) else op.autograd.apply(*a)
+    if readers.off:
+        return op.formula(a)
     return ops.below_autograd(op.registered, *a)
 
 
@@ -168,7 +159,7 @@ def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]
     The checks of :func:`checked` cost half as much as a small GroupNorm. So here the op itself refuses whatever they
     would refuse. They run only after that, to say what is wrong.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (x.is_cpu or _is_plain_cuda(x)):
+    if torch.compiler.is_compiling() or readers.off or type(x) not in _PLAIN or not (x.is_cpu or _is_plain_cuda(x)):
         return None
     if type(num_groups) is not int or type(eps) is not float or activation not in _ACTIVATIONS:
         return None
@@ -179,8 +170,6 @@ def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]
     if torch.is_grad_enabled() and (x.requires_grad or weight is not None and weight.requires_grad
                                     or bias is not None and bias.requires_grad):
         return None
-    if readers.off:  # not left to the caller: a recomputation without the switch would decide nothing there
-        return _switched_off(x, num_groups, weight, bias, eps, activation, None, None, None, 0.0)
     try:
         return ops.group_norm_act_inference(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation])
     except RuntimeError:
@@ -232,8 +221,6 @@ def bias_add_residual(
             return reference.bias_add_residual(x, residual, bias, residual_bias, scale)
         return handle_torch_function(bias_add_residual, tensors, x, residual, bias, residual_bias, scale)
     a = readers.untraced(_checked_residual, x, residual, bias, residual_bias, scale)
-    if decided(readers.is_off):
-        return reference.bias_add_residual(*a)
     return ops.composed_residual(a) if x.dtype != residual.dtype else route(ops.BIAS_ADD_RESIDUAL, a)
 
 
@@ -341,7 +328,8 @@ def _check_input(x, name="x"):
 def _check_parameter(t, name, dtype, device, shape, batched_shape):
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor or None, got {type(t).__name__}")
-    if all(s is None or sizes.differ(t.shape, s) for s in (shape, batched_shape)):
+    if (shape is None or sizes.differ(t.shape, shape)) and (batched_shape is None
+                                                             or sizes.differ(t.shape, batched_shape)):
         expected = " or ".join(str(list(s)) for s in (shape, batched_shape) if s is not None)
         raise RuntimeError(f"{name} must have shape {expected}, as x has {(shape or batched_shape)[-1]} channels, "
                            f"got {list(t.shape)}")

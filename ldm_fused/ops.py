@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -163,6 +164,20 @@ def composed(a: Arguments) -> Tensor:
     return y.to(a.out_dtype or a.x.dtype)
 
 
+def formula(x: Tensor, num_groups: int, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, silu: bool,
+            pre_bias: Optional[Tensor], scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
+    """The op without its dropout as PyTorch's functions compute it, one after the other."""
+    y = reference.group_norm_act(x, num_groups, weight, bias, eps, activation=None, pre_bias=pre_bias, scale=scale,
+                                 shift=shift)
+    return F.silu(y) if silu else y
+
+
+def _formula(a: Arguments) -> Tensor:
+    if any(t is not None and t.dtype != a.x.dtype for t in a.tensors):  # PyTorch's do not take those on each device
+        return composed(a)
+    return formula(*a[:9]).to(a.out_dtype or a.x.dtype)
+
+
 def dropout_factors(a: Arguments) -> Tensor:
     """What dropout multiplies each element by, in the arithmetic's dtype: the op itself makes these from zeros."""
     zeros = torch.zeros_like(_dense(a.x), dtype=accumulate_dtype(a.x.dtype))
@@ -265,16 +280,18 @@ class GroupNormActAndShortcut(torch.autograd.Function):
 
 
 class Op(NamedTuple):
-    """Three ways to one result from checked arguments: PyTorch ops, the registered op, and eager mode's Function."""
+    """Ways to one result from checked arguments: PyTorch ops in the op's arithmetic, and as PyTorch would round them;
+    the registered op, and eager mode's Function."""
 
     composed: Callable
+    formula: Callable
     registered: Callable
     autograd: type
 
 
-GROUP_NORM_ACT = Op(composed, lambda *a: group_norm_act(*a)[0], GroupNormAct)
-GROUP_NORM_ACT_AND_SHORTCUT = Op(lambda a: (composed(a), a.x), lambda *a: (group_norm_act(*a)[0], a[0]),
-                                 GroupNormActAndShortcut)
+GROUP_NORM_ACT = Op(composed, _formula, lambda *a: group_norm_act(*a)[0], GroupNormAct)
+GROUP_NORM_ACT_AND_SHORTCUT = Op(lambda a: (composed(a), a.x), lambda a: (_formula(a), a.x),
+                                 lambda *a: (group_norm_act(*a)[0], a[0]), GroupNormActAndShortcut)
 
 
 def _setup_context(ctx, inputs, output):
@@ -322,7 +339,7 @@ class BiasAddResidual(torch.autograd.Function):
     backward = staticmethod(_residual_backward)
 
 
-BIAS_ADD_RESIDUAL = Op(composed_residual, bias_add_residual, BiasAddResidual)
+BIAS_ADD_RESIDUAL = Op(composed_residual, lambda a: reference.bias_add_residual(*a), bias_add_residual, BiasAddResidual)
 
 torch.library.register_autograd("ldm_fused::bias_add_residual", _residual_backward, setup_context=_residual_setup)
 

@@ -64,9 +64,17 @@ def have_functions(values: Sequence[Any]) -> bool:
     return False
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor: our ops have no rules for how they are sharded, and PyTorch's have."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
 def to_onnx() -> bool:
     """Whether a model is exported to ONNX. What Dynamo reads is not: it hands the op on to who asked for it."""
-    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()) or torch.compiler.is_dynamo_compiling():
+    if torch._C._get_tracing_state() is None and not torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_dynamo_compiling():
         return False
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 

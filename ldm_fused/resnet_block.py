@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import bypass, functional, ops, reference, sizes
+from . import bypass, functional, ops, readers, reference, sizes
 from .decisions import decided
 
 Count = Callable[[Tensor, Optional[str]], None]  # takes a norm's input, and the reason why it was not fused, or None
@@ -94,7 +94,7 @@ def resnet(
     is_sum = bias2 is None and shortcut_bias is None and scale == 1.0
     if is_sum and decided(_takes_sum, h, x, second.conv):
         return h.add_(x)
-    if is_sum or not decided(_are_alike, h, x):
+    if is_sum or not _are_alike(h, x):
         y = with_bias(h, bias2) + with_bias(x, shortcut_bias)
         return y if scale == 1.0 else y * scale
     return functional.bias_add_residual(h, x, bias2, shortcut_bias, scale)
@@ -102,8 +102,9 @@ def resnet(
 
 def _takes_sum(h: Tensor, x: Tensor, conv: nn.Module) -> bool:
     """Whether x may be added to ``h``, which ``conv`` gave, in place: nobody else holds it, autograd has not kept it."""
-    return not torch.compiler.is_compiling() and not ops.in_transform() and not torch.jit.is_tracing() and (
-        _are_alike(h, x)) and bypass.is_plain_convolution(conv, h.device)
+    if torch.compiler.is_compiling() or ops.in_transform() or torch.jit.is_tracing() or type(h) is not Tensor:
+        return False
+    return _are_alike(h, x) and bypass.is_plain_convolution(conv, h.device)
 
 
 def _may_recompute() -> bool:
@@ -174,7 +175,7 @@ def norm_swish(
     itself. ``into`` is the convolution that takes the result: under autocast the op stores in the dtype that a plain
     convolution would cast it to. ``count`` is called with x, and the reason why the norm was not fused, or None.
     """
-    if pre_bias is not None and not decided(_are_alike, pre_bias, x, 2):
+    if pre_bias is not None and not _are_alike(pre_bias, x, 2):
         # Promoted or broadcast, as PyTorch does it.
         x, conv_bias, pre_bias = _with_biases(x, conv_bias, pre_bias), None, None
     reason = decided(_norm_swish_obstacle, norm, x, scale, shift, act)
@@ -209,7 +210,11 @@ def norm_swish(
 
 def _are_alike(a: Tensor, b: Tensor, dimensions: Optional[int] = None) -> bool:
     """Whether ``a`` has the dtype of ``b`` and the shape of that many of its first dimensions."""
-    return a.dtype == b.dtype and sizes.are_same(a.shape, b.shape[:dimensions])
+    return a.dtype == b.dtype and readers.untraced(_has_shape_of, a, b, dimensions)
+
+
+def _has_shape_of(a: Tensor, b: Tensor, dimensions: Optional[int]) -> bool:
+    return sizes.are_same(a.shape, b.shape[:dimensions])
 
 
 def _with_biases(x: Tensor, conv_bias: Optional[Tensor], pre_bias: Optional[Tensor]) -> Tensor:
@@ -226,7 +231,8 @@ def _norm_swish_obstacle(norm: nn.Module, x: Tensor, scale, shift, act) -> Optio
         if reason is not None:
             return f"its activation: {reason}"
     for name, t in (("scale", scale), ("shift", shift)):
-        if t is not None and (not sizes.are_same(t.shape, x.shape[:2]) or not functional.takes_beside(t.dtype, x.dtype)):
+        if t is not None and not (readers.untraced(_has_shape_of, t, x, 2)
+                                  and functional.takes_beside(t.dtype, x.dtype)):
             return f"its {name} is {t.dtype} {list(t.shape)} and the input {x.dtype} {list(x.shape)}"
     return None
 

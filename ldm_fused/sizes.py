@@ -8,10 +8,10 @@ import torch
 
 def are_same(found: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether two shapes are known to be the same."""
-    if len(found) != len(expected):
-        return False
     if not torch.compiler.is_compiling():
         return found == expected
+    if len(found) != len(expected):
+        return False
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy
 
     return all(guard_or_false(a == b) for a, b in zip(found, expected))
@@ -19,10 +19,10 @@ def are_same(found: Sequence[int], expected: Sequence[int]) -> bool:
 
 def differ(found: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether two shapes are known to differ."""
-    if len(found) != len(expected):
-        return True
     if not torch.compiler.is_compiling():
         return found != expected
+    if len(found) != len(expected):
+        return True
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy
 
     return any(guard_or_false(a != b) for a, b in zip(found, expected))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,13 +27,17 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The arguments of each call of an op's kernels."""
-    told, route, inference = [], functional.route, functional.ops.group_norm_act_inference
-    monkeypatch.setattr(functional, "route", lambda op, a: (told.append(a), route(op, a))[1])
-    monkeypatch.setattr(functional.ops, "group_norm_act_inference", lambda *a: (told.append(a), inference(*a))[1])
-    return told
+class Calls(TorchDispatchMode):
+    """The names of our ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ldm_fused":
+            self.names.append(function.__name__)
+        return function(*args, **kwargs or {})
 
 
 # ---- torch.fx ----------------------------------------------------------------------------------------------------
@@ -46,7 +51,7 @@ def fixed(name):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_symbolic_trace(name):
-    """An op that is called by itself is a node of the graph. Blocks and patched models are PyTorch's functions there."""
+    """An op that is called by itself is a node of the graph. Blocks and patched models are PyTorch's functions."""
     ours, plain = models(name)
     traced = torch.fx.symbolic_trace(ours, fixed(name))
     ops = {functional.group_norm_act, functional.bias_add_residual}
@@ -181,17 +186,40 @@ class Labelled(torch.Tensor):
 
 
 @torch.no_grad()
-def test_a_subclass_without_functions_of_its_own_is_fused(calls):
+def test_a_subclass_without_functions_of_its_own_is_fused():
     x = torch.randn(2, *X).as_subclass(Labelled)
-    y = ldm_fused.group_norm_silu(x, 4)
-    assert type(y) is Labelled and len(calls) == 1
+    with Calls() as calls:
+        y = ldm_fused.group_norm_silu(x, 4)
+    assert type(y) is Labelled and len(calls.names) == 1
 
 
 @torch.no_grad()
-def test_a_mode_that_watches_functions_leaves_the_op_fused(calls):
-    with torch.device("cpu"):
+def test_a_mode_that_watches_functions_leaves_the_op_fused():
+    with torch.device("cpu"), Calls() as calls:
         ldm_fused.group_norm_silu(torch.randn(2, *X), 4)
-    assert len(calls) == 1
+    assert len(calls.names) == 1
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["GroupNormSiLU", "bias_add_residual", "group_norm_act"])
+def test_sharded_tensors_get_pytorchs_functions(name, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+
+    ours, plain = (distribute_module(model, mesh) for model in models(name))
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        x = [distribute_tensor(t, mesh, [placement]) for t in inputs(name)]
+        y, expected = ours(*x), plain(*x)
+        assert y.placements == expected.placements
+        close(y.full_tensor(), expected.full_tensor())
 
 
 # ---- disabled ----------------------------------------------------------------------------------------------------
@@ -199,17 +227,16 @@ def test_a_mode_that_watches_functions_leaves_the_op_fused(calls):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_disabled_computes_pytorchs_formula(name, grad, calls):
+def test_disabled_computes_pytorchs_formula(name, grad):
     ours, plain = models(name)
-    calls.clear()
     x = inputs(name)
-    with ldm_fused.disabled(), torch.set_grad_enabled(grad):
+    with ldm_fused.disabled(), torch.set_grad_enabled(grad), Calls() as calls:
         assert torch.equal(ours(*x), plain(*x)) or name == "group_norm_act"  # whose formula has swish in two steps
         close(ours(*x), plain(*x))
-    assert calls == []
-    with torch.set_grad_enabled(grad):
+    assert calls.names == []
+    with torch.set_grad_enabled(grad), Calls() as calls:
         ours(*x)
-    assert calls != []
+    assert calls.names != []
 
 
 @pytest.mark.parametrize("name", ["GroupNormSiLU", "FusedResnetBlock", "patched block"])
