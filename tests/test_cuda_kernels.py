@@ -153,6 +153,31 @@ def test_registers_hold_no_more_than_a_ragged_chunk_in_any_tier():
         assert_within_bound(case, all_results(case))
 
 
+@pytest.mark.parametrize("shape,num_groups,multiprocessors,kilobytes,steps", [((3, 40, 16, 16), 2, 3, 13, 3),
+                                                                              ((1, 48, 10, 10), 1, 2, 5, 1)])
+def test_nothing_is_kept_of_a_unit_in_any_tier(shape, num_groups, multiprocessors, kilobytes, steps):
+    case = make_case(shape, num_groups)
+    with emulated.device(emulated.small_device(multiprocessors, kilobytes, clusters=False)):
+        plan = emulated.plan_forward(case.x, num_groups)
+        r = plan["residence"]
+        assert plan["tier"] == "grid, in part" and r["kept"] == r["steps"] == steps and r["rounds"] > 1
+        assert_within_bound(case, all_results(case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan_of", [emulated.plan_forward, emulated.plan_backward])
+def test_a_cluster_of_two_in_any_tier(plan_of, layout):
+    case = make_case((2, 20, 24, 32), 2, layout=layout)
+
+    def plan(kilobytes):
+        with emulated.device(emulated.small_device(2, kilobytes, clusters=True)):
+            return plan_of(case.x, 2)
+
+    kilobytes = next(kb for kb in range(20, 200) if (p := plan(kb))["tier"] == "cluster" and p["residence"]["team"] == 2)
+    with emulated.device(emulated.small_device(2, kilobytes, clusters=True)):
+        assert_within_bound(case, all_results(case))
+
+
 def test_columns_that_no_number_of_blocks_divides_in_any_tier():
     case = make_case((1, 2560, 2, 2), 32, layout="channels_last")
     with emulated.device(DEVICES["no shared memory"]):
