@@ -178,6 +178,15 @@ def test_a_cluster_of_two_in_any_tier(plan_of, layout):
         assert_within_bound(case, all_results(case))
 
 
+def test_registers_hold_half_of_a_short_last_chunk_in_any_tier():
+    case = make_case((1, 128, 58, 37), 1, layout="channels_last")
+    with emulated.device(emulated.small_device(32, 16, clusters=False)):
+        r = emulated.plan_forward(case.x, case.num_groups)["residence"]
+        last, abreast = 58 * 37 - r["chunk"] * (r["team"] - 1), r["threads"] // 32 * (32 // r["lanes"])
+        assert 0 < last / abreast - (r["steps"] - r["held"]) < r["held"] - 2
+        assert_within_bound(case, all_results(case))
+
+
 def test_columns_that_no_number_of_blocks_divides_in_any_tier():
     case = make_case((1, 2560, 2, 2), 32, layout="channels_last")
     with emulated.device(DEVICES["no shared memory"]):

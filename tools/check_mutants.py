@@ -74,6 +74,8 @@ HARMLESS = [
     ("(i += 32) < number", "bound + 1", "what it reads, of the block's own tables, goes unused"),
     ("if (lane_index() < number)", "bound + 1", "what it reads, of the block's own tables, goes unused"),
     ("i < kHeld;", "bound + 1", "no thread has so many vectors behind the steps"),
+    ("span.count > 0 ? slots", "bound + 1", "one vector needs no shift: its mean comes first, and is as good"),
+    ("i < kHeld - 1", "bound + 1", "fewer than kHeld exist there"),
     ("i < kHeld; i += kBatch", "bound - 1", "8 and 16 are multiples of a batch"),
     ("chunk > 0 ?", "bound - 1", "what no vector went into counts for nothing"),
     ("r.held > 0", "bound + 1", "8 or 16 or none"),
