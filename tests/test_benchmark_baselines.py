@@ -62,7 +62,7 @@ def test_the_backward_pass_alone_has_the_gradients_of_each_input(name):
 def test_rounds_go_there_and_back(monkeypatch):
     order = []
     monkeypatch.setattr(measure.Turn, "measure", lambda turn, seconds: order.append(turn.note))
-    monkeypatch.setattr(measure, "enough_rounds", lambda slowest, seconds: 2)
+    monkeypatch.setattr(measure, "enough_rounds", lambda slowest: 2)
     monkeypatch.setattr(measure.Turn, "timing", lambda turn: None)
 
     def prepare(run, sets, mode, graphs):

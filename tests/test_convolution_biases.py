@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # tensors are small here, an
 
 @pytest.fixture
 def left(monkeypatch):
-    """Whether the shortcut's bias and the second convolution's are left to the residual op, as on CUDA."""
+    """Whether the second convolution's bias and the shortcut's are left to the residual op, as on CUDA."""
     told, op = [], functional.bias_add_residual
     monkeypatch.setattr(resnet_block, "_has_separate_bias", lambda x: True)
     monkeypatch.setattr(functional, "bias_add_residual",
@@ -73,7 +73,7 @@ def test_a_convolution_that_does_more_in_this_call_is_called(change, when, load,
         ldm_fused.patch(block)
     found = results(block, arguments)
     ldm_fused.unpatch(block)
-    assert left[-1] == (True, False)
+    assert left[-1] == (False, True)
     assert_close(found, results(block, arguments))
 
 
@@ -109,7 +109,7 @@ def test_a_subclass_of_a_convolution_keeps_its_bias_unless_it_changes_nothing(cl
     block.conv1, block.conv2 = cls(32, 64, 3, padding=1), cls(64, 32, 3, padding=1)
     patched, run = check(block.double(), (random(2, 32, 8, 6),))
     assert not patched.skipped and run.share == 1
-    assert set(left) == ({(False, True)} if fused else set())
+    assert set(left) == ({(True, False)} if fused else set())
 
 
 @pytest.mark.parametrize("name", ["forward", "_conv_forward"])
