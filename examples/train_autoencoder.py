@@ -28,8 +28,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 sys.path.append(str(HERE.parent))
 
-import ldm_fused  # noqa: E402
 import pictures  # noqa: E402
+
+import ldm_fused  # noqa: E402
 from benchmarks.autoencoder import AutoencoderKL  # noqa: E402
 from benchmarks.providers import NormSwish  # noqa: E402
 from benchmarks.report import Progress  # noqa: E402

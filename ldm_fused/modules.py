@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bypass, functional, readers, reference
+from .decisions import decided
 from .patching import read_block, trial
 from .patching.adapters.own import BLOCK
 from .patching.call import Call
 from .patching.report import UnsupportedBlock
 from .patching.source import Unreadable
 from .resnet_block import Stage, resnet
-from .decisions import decided
 
 __all__ = ["FusedResnetBlock", "GroupNormSiLU", "UnsupportedBlock"]
 

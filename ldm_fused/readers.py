@@ -1,10 +1,9 @@
-"""Who reads a model and knows PyTorch's own ops only: then the ops are composed of those, and a patched module or a
-block of ours runs the code of the class that it stands for. So it is while :func:`disabled` says so, too.
+"""Tells whether a model is read by something that knows PyTorch's own ops only, or :func:`disabled` is in force.
 
-Such readers are ``torch.fx`` with its proxies (an op that is called by itself is a node of its graph), the export to
-ONNX, and subclasses of Tensor with a ``__torch_function__`` of their own, as those that compute a gradient for each
-sample. ``torch.jit.script`` reads sources, and needs nothing of
-this: the source of a patched method is its class's own (:func:`ldm_fused.patching.swap.subclass`).
+The ops are then composed of PyTorch's, and a patched module or a block of ours runs the code of the class that it stands
+for. Such readers are ``torch.fx`` (a single op stays a node of its graph), the export to ONNX, and subclasses of Tensor
+with a ``__torch_function__`` of their own. ``torch.jit.script`` needs nothing of this: the source of a patched method is
+its class's own (:func:`ldm_fused.patching.swap.subclass`).
 """
 
 import os

@@ -1,5 +1,8 @@
-"""Comparisons of shapes that a compiler may read: lengths come first, since it takes each comparison of a size that it
-does not know for a condition on it; and what it cannot know, as of ``x[mask]``, is not asked."""
+"""Compares shapes without making a compiler specialise.
+
+A compiler takes a comparison with an unknown size for a condition on that size. So lengths are compared first. A size
+that nothing tells before run time, as that of ``x[mask]``, counts as neither the same nor another.
+"""
 
 from typing import Sequence
 

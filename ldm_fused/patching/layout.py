@@ -1,9 +1,9 @@
 """A whole model in channels_last: its weights are laid out once, and each keeps the strides that it had.
 
-A convolution whose weight is in channels_last gives its output so, whatever its input is, on CPUs and by cuDNN. Hence
-the first one brings the activations there, and what comes behind keeps them: norms and residuals of this library,
-convolutions, interpolation, padding and concatenation of PyTorch. No hook is needed at the model's entry, which
-``encode`` and ``decode`` would go around.
+A convolution whose weight is in channels_last gives its output so, whatever its input is (seen on CPUs; no GPU has run
+this). Hence the first convolution brings the activations there. Norms and residuals of this library keep them, and so do
+PyTorch's convolutions, interpolation, padding and concatenation. A hook at the model's entry would miss ``encode`` and
+``decode``; none is needed.
 """
 
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import bypass
-from ...resnet_block import norm_swish
 from ...decisions import decided
+from ...resnet_block import norm_swish
 from .. import swap
 from ..adapter import Adapter, channels, sites
 from ..norm import call_obstacle, group_norm
