@@ -27,14 +27,12 @@ FLAGS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1 "
     "-fno-wrapv"  # many a Python hands its -fwrapv on to extensions: then overflow is defined, and passes
 )
-EVERYTHING = "--all" in sys.argv
-if not EVERYTHING:
-    # Without these checks the kernels compile in a fraction of the time. Beside the two sanitizers' other checks they see
-    # a pointer to a variable whose scope has ended, and pointer arithmetic that wraps.
-    FLAGS += (
-        " -fno-sanitize=null,vptr,object-size,pointer-overflow -fno-sanitize-address-use-after-scope "
-        "--param=asan-instrumentation-with-call-threshold=0"
-    )
+# Without these checks, and without the tests' float16, the kernels compile in a fraction of the time. Beside the two
+# sanitizers' other checks they see a pointer to a variable whose scope has ended, and pointer arithmetic that wraps.
+QUICK = (
+    " -fno-sanitize=null,vptr,object-size,pointer-overflow -fno-sanitize-address-use-after-scope "
+    "--param=asan-instrumentation-with-call-threshold=0 -DLDM_FUSED_EMULATOR_WITHOUT_FLOAT16"
+)
 # The files of a run, and which of their tests: not what needs 14 GiB, nor what looks at the machine code, which is
 # another one here, nor what the emulator has to watch, nor what PyTorch compiles.
 CPU = (["test_kernels", "test_residual", "test_dropout", "test_errors", "test_build"],
@@ -47,13 +45,13 @@ EMULATED = (["test_kernels", "test_residual", "test_dropout", "test_cuda_kernels
 ALL_EMULATED = ([*EMULATED[0], "test_emulator"], EMULATED[1].partition(" and not float16")[0])
 
 
-def build():
+def build(flags):
     """Compiles the extension into build/sanitize/ldm_fused."""
     shutil.rmtree(BUILD / "ldm_fused", ignore_errors=True)
     shutil.copytree(ROOT / "ldm_fused", BUILD / "ldm_fused", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--force", f"--build-lib={BUILD}",
                            f"--build-temp={BUILD / 'objects'}"], cwd=ROOT,
-                          env={**os.environ, "CXX": COMPILER, "FORCE_CUDA": "0", "LDM_FUSED_CXXFLAGS": FLAGS})
+                          env={**os.environ, "CXX": COMPILER, "FORCE_CUDA": "0", "LDM_FUSED_CXXFLAGS": flags})
 
 
 def library(name):
@@ -63,13 +61,13 @@ def library(name):
     return path
 
 
-def python(*arguments, isa=""):
+def python(flags, *arguments, isa=""):
     """A finished Python, in which kernels are those built here: it looks for ldm_fused first where it starts."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(BUILD), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "LDM_FUSED_CPU_ISA": isa,
-        "LDM_FUSED_EMULATOR_FLAGS": FLAGS,
+        "LDM_FUSED_EMULATOR_FLAGS": flags,
         "CXX": f"env -u LD_PRELOAD {COMPILER}",  # the compiler of the emulator works unwatched
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch leave much behind when they exit
@@ -80,11 +78,11 @@ def python(*arguments, isa=""):
                           stderr=subprocess.STDOUT, text=True)
 
 
-def run(name, tests, isa):
+def run(name, tests, isa, flags):
     """The run's words in the last line; none where it failed."""
     files, expression = tests
     # The sanitizers write to file descriptor 2 and end the process: pytest must not keep that from being seen.
-    result = python("-m", "pytest", "-v", "--capture=sys", "-p", "no:cacheprovider", "-k", expression,
+    result = python(flags, "-m", "pytest", "-v", "--capture=sys", "-p", "no:cacheprovider", "-k", expression,
                     *(str(ROOT / "tests" / f"{file}.py") for file in [*files, "sanitized"]), isa=isa)
     passed = re.search(r"=+ (\d+) passed.* in .*=+\n$", result.stdout)
     good = result.returncode == 0 and passed
@@ -92,21 +90,22 @@ def run(name, tests, isa):
     return f"{name} {passed[1]} passed" if good else None
 
 
-def main():
+def main(everything):
+    flags = FLAGS if everything else FLAGS + QUICK
     BUILD.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
-        emulator = pool.submit(python, "-c", "from emulator import build; build.load('library')")
-        extension = build()
-    isas = python("-c", "import emulated, ldm_fused; print(*ldm_fused.build_info()['cpu_isas'])")
+        emulator = pool.submit(python, flags, "-c", "from emulator import build; build.load('library')")
+        extension = build(flags)
+    isas = python(flags, "-c", "import emulated, ldm_fused; print(*ldm_fused.build_info()['cpu_isas'])")
     for finished in (extension, emulator.result(), isas):
         if finished.returncode != 0:
             sys.exit(f"{finished.stdout or ''}sanitize: FAILED to build")
 
     names = isas.stdout.split()
-    runs = {"emulated": (ALL_EMULATED if EVERYTHING else EMULATED, names[-1])}  # the longest begins
-    runs.update((f"cpu {isa}", (CPU if isa == names[-1] or EVERYTHING else KERNELS, isa)) for isa in names)
+    runs = {"emulated": (ALL_EMULATED if everything else EMULATED, names[-1])}  # the longest begins
+    runs.update((f"cpu {isa}", (CPU if isa == names[-1] or everything else KERNELS, isa)) for isa in names)
     with ThreadPoolExecutor(2) as pool:  # as many as small machines have cores, and the memory for
-        emulated, *cpu = pool.map(lambda name: run(name, *runs[name]), runs)
+        emulated, *cpu = pool.map(lambda name: run(name, *runs[name], flags), runs)
     results = [*cpu, emulated]
     if not all(results):
         sys.exit("sanitize: FAILED")
@@ -114,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main("--all" in sys.argv)
