@@ -2,7 +2,7 @@
 
 It builds the extension with both sanitizers into build/sanitize, apart from the one in use, and the emulator likewise.
 Then the tests of the kernels run with these: on the CPU with each instruction set, and on the emulated CUDA kernels.
-All but the newest set run only the tests of what they have of their own, and of the emulated kernels float16 and all
+All but the newest set run only the tests of what they have of their own, and of the emulated kernels 16-bit types and all
 combinations of parameters are left out, and the emulator's own tests. The checks that multiply the time of compilation
 are left out too. With --all nothing is left out.
 PyTorch is not instrumented, but AddressSanitizer sees to its allocations: what our code reads or writes just beyond a
