@@ -4,13 +4,14 @@ It builds the extension with both sanitizers into build/sanitize, apart from the
 Then the tests of the kernels run with these: on the CPU with each instruction set, and on the emulated CUDA kernels.
 All but the newest set run only the tests of what they have of their own, and of the emulated kernels 16-bit types and all
 combinations of parameters are left out, and the emulator's own tests. The checks that multiply the time of compilation
-are left out too. With --all nothing is left out.
+are left out too. With --all nothing is left out, with --cpu the emulated kernels are.
 PyTorch is not instrumented, but AddressSanitizer sees to its allocations: what our code reads or writes just beyond a
 tensor's memory is seen.
 
 Each run ends with tests/sanitized.py: the sanitizers are in force in that process, in those kernels.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -90,27 +91,32 @@ def run(name, tests, isa, flags):
     return f"{name} {passed[1]} passed" if good else None
 
 
-def main(everything):
-    flags = FLAGS if everything else FLAGS + QUICK
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="leave nothing out")
+    parser.add_argument("--cpu", action="store_true", help="leave out the emulated kernels, which compile for minutes")
+    options = parser.parse_args()
+    flags = FLAGS if options.all else FLAGS + QUICK
     BUILD.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
-        emulator = pool.submit(python, flags, "-c", "from emulator import build; build.load('library')")
+        load = "" if options.cpu else "from emulator import build; build.load('library')"
+        emulator = pool.submit(python, flags, "-c", load)
         extension = build(flags)
     isas = python(flags, "-c", "import emulated, ldm_fused; print(*ldm_fused.build_info()['cpu_isas'])")
     for finished in (extension, emulator.result(), isas):
         if finished.returncode != 0:
             sys.exit(f"{finished.stdout or ''}sanitize: FAILED to build")
 
-    names = isas.stdout.split()
-    runs = {"emulated": (ALL_EMULATED if everything else EMULATED, names[-1])}  # the longest begins
-    runs.update((f"cpu {isa}", (CPU if isa == names[-1] or everything else KERNELS, isa)) for isa in names)
+    *older, newest = isas.stdout.split()
+    runs = {} if options.cpu else {"emulated": (ALL_EMULATED if options.all else EMULATED, newest)}  # the longest begins
+    runs[f"cpu {newest}"] = CPU, newest
+    runs.update((f"cpu {isa}", (CPU if options.all else KERNELS, isa)) for isa in older)
     with ThreadPoolExecutor(2) as pool:  # as many as small machines have cores, and the memory for
-        emulated, *cpu = pool.map(lambda name: run(name, *runs[name], flags), runs)
-    results = [*cpu, emulated]
+        results = list(pool.map(lambda name: run(name, *runs[name], flags), runs))
     if not all(results):
         sys.exit("sanitize: FAILED")
-    print(f"sanitize: {', '.join(results)}, 0 errors")
+    print(f"sanitize: {', '.join(sorted(results))}, 0 errors")
 
 
 if __name__ == "__main__":
-    main("--all" in sys.argv)
+    main()
