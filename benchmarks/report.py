@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 from dataclasses import dataclass, field
 from typing import Dict, Iterable, List, Optional, Sequence
@@ -235,8 +236,8 @@ def legend(rows: Sequence[Row]) -> str:
 
 
 def geometric_mean(values: Iterable[float]) -> Optional[float]:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+    values = list(values)
+    return statistics.geometric_mean(values) if values else None
 
 
 def means(rows: Sequence[Row], names: Sequence[str]) -> str:

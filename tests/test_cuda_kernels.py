@@ -13,7 +13,7 @@ from benchmarks import workloads
 DTYPES = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.float32),
           (torch.float32, torch.bfloat16)]
 # Small enough for tests' tensors to fill: whole groups in a block, a cluster, a grid, in a part of a grid.
-DEVICES = {
+SMALL_DEVICES = {
     "clusters": emulated.small_device(8, 12, clusters=True),
     "no clusters": emulated.small_device(8, 12, clusters=False),
     "four multiprocessors": emulated.small_device(4, 32, clusters=False),
@@ -34,21 +34,21 @@ def all_results(case, shortcut=None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype,out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_every_tier(name, shape, num_groups, dtype, out_dtype, layout):
     case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         assert_within_bound(case, all_results(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype,out_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, None)], ids=str)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_every_tier_adds_the_shortcuts_gradient(name, shape, num_groups, dtype, out_dtype, layout):
     case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)
     shortcut = laid_out(torch.randn(shape).to(dtype), layout)
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         assert_within_bound(case, all_results(case, shortcut), *with_shortcut(case, shortcut))
 
 
@@ -67,7 +67,7 @@ def test_a_thread_waits_for_each_quarter_of_its_item(plan_of, shape, layout):
 @pytest.mark.parametrize("plan_of", [emulated.plan_forward, emulated.plan_backward])
 def test_cases_above_reach_every_tier(plan_of, layout):
     plans = []
-    for properties, (shape, num_groups), (dtype, out_dtype) in product(DEVICES.values(), SHAPES, DTYPES):
+    for properties, (shape, num_groups), (dtype, out_dtype) in product(SMALL_DEVICES.values(), SHAPES, DTYPES):
         x = laid_out(torch.empty(shape, dtype=dtype), layout)
         with emulated.device(properties):
             plans.append(plan_of(x, num_groups, **({"out_dtype": out_dtype} if plan_of is emulated.plan_forward else
@@ -86,11 +86,11 @@ def test_cases_above_reach_every_tier(plan_of, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["default", *DEVICES])
+@pytest.mark.parametrize("name", ["default", *SMALL_DEVICES])
 @pytest.mark.parametrize("shape,num_groups", [((2, 20, 9, 7), 2), ((1, 8, 40, 48), 2), ((3, 4, 3, 700), 4)], ids=str)
 def test_same_bits_in_every_thread_order(shape, num_groups, name, layout):
     case = make_case(shape, num_groups, layout=layout)
-    with emulated.device({**DEVICES, "default": emulated.SMALL}[name]):
+    with emulated.device({**SMALL_DEVICES, "default": emulated.SMALL}[name]):
         first = all_results(case)
         for order, seed in (("reverse", 0), ("random", 1), ("random", 2)):
             with emulated.order(order, seed):
@@ -109,23 +109,23 @@ def test_every_device(name, shape, num_groups, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_a_large_mean_cancels_no_digits_in_any_tier(name, layout):
     case = make_case((2, 20, 24, 32), 2, layout=layout, mean=1.5e5, options=("weight", "bias"))
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         results = all_results(case)
     assert_within_bound(case, {name: results[name] for name in ("y", "x")})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 1e25])
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_extreme_values_stay_in_their_group(name, value, layout):
     case = make_case((2, 20, 24, 32), 2, layout=layout, options=("weight", "bias"))
     case.x[1, 13, 20, 4] = value
     with emulated.device(emulated.SMALL):
         expected = all_results(case)
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         results = all_results(case)
     for key in ("y", "x"):
         assert torch.equal(results[key].isnan(), expected[key].isnan())
@@ -137,7 +137,7 @@ def test_extreme_values_stay_in_their_group(name, value, layout):
 def test_one_gradient_alone_in_any_tier(name, wanted):
     case = make_case((3, 20, 24, 32), 2, layout="channels_last")
     mask = [i == wanted for i in range(6)]
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         _, mean, rstd = emulated.group_norm_act(*case.arguments())
         gradients = emulated.group_norm_act_backward(case.dy, case.x, mean, rstd, case.weight, case.bias, case.silu,
                                                      case.pre_bias, case.scale, case.shift, mask)
@@ -146,7 +146,7 @@ def test_one_gradient_alone_in_any_tier(name, wanted):
 
 def test_registers_hold_no_more_than_a_ragged_chunk_in_any_tier():
     case = make_case((5, 16, 36, 37), 4, layout="channels_last")
-    with emulated.device(DEVICES["no clusters"]):
+    with emulated.device(SMALL_DEVICES["no clusters"]):
         r = emulated.plan_forward(case.x, case.num_groups)["residence"]
         abreast = r["threads"] // 32 * (32 // r["lanes"])
         assert r["held"] and r["chunk"] % abreast, "the last vector of some threads is not there"
@@ -189,7 +189,7 @@ def test_registers_hold_half_of_a_short_last_chunk_in_any_tier():
 
 def test_columns_that_no_number_of_blocks_divides_in_any_tier():
     case = make_case((1, 2560, 2, 2), 32, layout="channels_last")
-    with emulated.device(DEVICES["no shared memory"]):
+    with emulated.device(SMALL_DEVICES["no shared memory"]):
         tiling = emulated.plan_forward(case.x, case.num_groups)["reduce"]
         assert tiling["block"][0] * tiling["grid"][1] * tiling["vector"] > 2560, "some threads have no channel"
         assert_within_bound(case, all_results(case))
@@ -198,11 +198,11 @@ def test_columns_that_no_number_of_blocks_divides_in_any_tier():
 @pytest.mark.skipif(not build.watches(), reason="AddressSanitizer takes the place of the emulator's own watch")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in DEVICES if name != "clusters"])
+@pytest.mark.parametrize("name", [name for name in SMALL_DEVICES if name != "clusters"])
 def test_no_vector_moves_more_often_than_planned_in_any_tier(name, shape, num_groups, layout):
     case = make_case(shape, num_groups, layout=layout, options=("weight", "bias"))
     mask = [True, True, True, False, False, False]
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         plans = plans_of(case.x, num_groups, parameter_bytes=8)
         with emulated.traffic() as forward:
             _, mean, rstd = emulated.group_norm_act(*case.arguments())
@@ -352,7 +352,7 @@ def test_rows_of_videos_hold_groups_enough_for_whole_sectors(shape, bundle):
 ], ids=str)
 def test_vectors_only_where_all_of_them_are_aligned(shape, aligned, vector):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    for properties in (emulated.SMALL, DEVICES["no shared memory"]):
+    for properties in (emulated.SMALL, SMALL_DEVICES["no shared memory"]):
         with emulated.device(properties):
             plan = emulated.plan_forward(x, 2, aligned=aligned)
         assert plan["resident"] == (vector > 1 and properties is emulated.SMALL)
@@ -376,7 +376,8 @@ def test_rows_too_wide_for_a_warp_are_for_two_passes():
         assert not emulated.plan_forward(x, 2)["resident"] and emulated.plan_forward(x, 4)["resident"]
 
 
-@pytest.mark.parametrize("properties", [emulated.DEVICES["H200"], DEVICES["no shared memory"]], ids=["H200", "none"])
+@pytest.mark.parametrize("properties", [emulated.DEVICES["H200"], SMALL_DEVICES["no shared memory"]],
+                         ids=["H200", "none"])
 def test_more_than_2_to_the_31_elements_need_no_more_than_64_bits(properties):
     x = torch.empty(2, 64, 2**13, 2**13 + 8, dtype=torch.bfloat16, device="meta")
     with emulated.device(properties):

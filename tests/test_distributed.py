@@ -126,22 +126,26 @@ def test_two_processes_have_the_gradients_of_one(case, outputs):
     assert all(f"{case} agrees" in output for output in outputs), "\n".join(outputs)
 
 
-def losses(tmp_path, processes, *options):
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+
+
+def losses(tmp_path, *options, launcher=TORCHRUN, variables={}):
     """What the training example prints, by step."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     sizes = "--steps 3 --batch 4 --resolution 16 --channels 32".split()
-    run = subprocess.run([*torchrun, str(ROOT / "examples/train_data_parallel.py"), *sizes, *options],
-                         env={**environment(), "CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, *launcher, str(ROOT / "examples/train_data_parallel.py"), *sizes, *options],
+                         env={**environment(), "CUDA_VISIBLE_DEVICES": "", **variables}, cwd=tmp_path,
+                         capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step ")]
 
 
 @needs_distributed
 def test_the_training_example_on_two_processes_has_the_losses_of_one(tmp_path):
-    want = losses(tmp_path, 1)
+    want = losses(tmp_path, launcher=[], variables=ALONE)
     assert len(set(want)) == 3
     for options in ((), ("--fsdp",)):
-        assert losses(tmp_path, WORLD, *options) == pytest.approx(want, rel=1e-4)
+        assert losses(tmp_path, *options) == pytest.approx(want, rel=1e-4)
 
 
 def test_the_comparison_can_fail():

@@ -6,14 +6,14 @@ import pytest
 import torch
 from oracle import GRADIENTS, LAYOUTS, assert_within_bound, make_case
 from test_build import run_python
-from test_cuda_kernels import DEVICES, SHAPES
+from test_cuda_kernels import SHAPES, SMALL_DEVICES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import ldm_fused
 from ldm_fused import functional, ops
 
 # With as many multiprocessors as the clusters that are planned need.
-DEVICES = {**DEVICES, "clusters": emulated.small_device(32, 12, clusters=True)}
+SMALL_DEVICES = {**SMALL_DEVICES, "clusters": emulated.small_device(32, 12, clusters=True)}
 REFUSALS = {"invalid configuration": 9, "out of resources": 701, "cooperative launch too large": 720,
             "not supported": 801, "invalid cluster size": 912}
 
@@ -65,7 +65,7 @@ def plans_may_give_way(monkeypatch):
 
 def test_every_tier_is_seen_below():
     found = [set(), set()]
-    for properties in DEVICES.values():
+    for properties in SMALL_DEVICES.values():
         for shape, num_groups in SHAPES:
             with emulated.device(properties):
                 for tiers, tier in zip(found, tiers_of(plain_case(shape, num_groups))):
@@ -75,10 +75,10 @@ def test_every_tier_is_seen_below():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_a_second_call_asks_the_runtime_for_nothing_but_its_launches(name, shape, num_groups, layout):
     case = make_case(shape, num_groups, layout=layout)
-    with emulated.device(emulated.fresh(DEVICES[name])):
+    with emulated.device(emulated.fresh(SMALL_DEVICES[name])):
         with emulated.runtime_calls() as first:
             _, mean, rstd = forward(case)
             backward(case, mean, rstd)
@@ -102,11 +102,11 @@ def test_a_second_call_of_the_residual_asks_the_runtime_for_nothing_but_its_laun
 
 
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_nothing_is_allocated_that_nobody_reads(name, shape, num_groups):
     case = make_case(shape, num_groups, options=("weight", "bias", "pre_bias"))
     elements, statistics, rows = case.x.numel(), shape[0] * num_groups, shape[0] * shape[1]
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         tier, _ = tiers_of(case)
         partials = 0 if tier in ("block", "cluster") else 1
         with emulated.allocated() as found:
@@ -139,10 +139,10 @@ def test_plans_cost_microseconds():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_inference_gives_the_same_bits_in_every_tier(name, shape, num_groups, layout):
     case = plain_case(shape, num_groups, layout)
-    with emulated.device(DEVICES[name]):
+    with emulated.device(SMALL_DEVICES[name]):
         y = inference(case)
         assert torch.equal(y, forward(case)[0]) and y.stride() == case.x.stride()
 

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-import math
+from statistics import geometric_mean
 from typing import Dict, Iterable, List, Optional, Sequence
 
 GOOD = ("passed", "not available")
@@ -201,10 +201,6 @@ def speed(timings: Optional[dict]) -> str:
         head = ["dtype", "pass", "layout", *(f"vs {name}" for name in BASELINES)]
         parts += ["By wall time, as a caller waits:", table(head, lines, numbers=range(3, len(head)))]
     return "\n\n".join(filter(None, parts))
-
-
-def geometric_mean(values: List[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def mean_and_worst(values: List[float], text: str) -> str:

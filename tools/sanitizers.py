@@ -2,15 +2,16 @@
 
 It builds the extension with both sanitizers into build/sanitize, apart from the one in use, and the emulator likewise.
 Then the tests of the kernels run with these: on the CPU with each instruction set, and on the emulated CUDA kernels.
-All but the newest set run only the tests of what they have of their own, and of the emulated kernels float16 and all
+All but the newest set run only the tests of what they have of their own, and of the emulated kernels 16-bit types and all
 combinations of parameters are left out, and the emulator's own tests. The checks that multiply the time of compilation
-are left out too. With --all nothing is left out.
+are left out too. With --all nothing is left out, with --cpu the emulated kernels are.
 PyTorch is not instrumented, but AddressSanitizer sees to its allocations: what our code reads or writes just beyond a
 tensor's memory is seen.
 
 Each run ends with tests/sanitized.py: the sanitizers are in force in that process, in those kernels.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -27,14 +28,12 @@ FLAGS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1 "
     "-fno-wrapv"  # many a Python hands its -fwrapv on to extensions: then overflow is defined, and passes
 )
-EVERYTHING = "--all" in sys.argv
-if not EVERYTHING:
-    # Without these checks the kernels compile in a fraction of the time. Beside the two sanitizers' other checks they see
-    # a pointer to a variable whose scope has ended, and pointer arithmetic that wraps.
-    FLAGS += (
-        " -fno-sanitize=null,vptr,object-size,pointer-overflow -fno-sanitize-address-use-after-scope "
-        "--param=asan-instrumentation-with-call-threshold=0"
-    )
+# Without these checks, and without the tests' float16, the kernels compile in a fraction of the time. Beside the two
+# sanitizers' other checks they see a pointer to a variable whose scope has ended, and pointer arithmetic that wraps.
+QUICK = (
+    " -fno-sanitize=null,vptr,object-size,pointer-overflow -fno-sanitize-address-use-after-scope "
+    "--param=asan-instrumentation-with-call-threshold=0 -DLDM_FUSED_EMULATOR_WITHOUT_FLOAT16"
+)
 # The files of a run, and which of their tests: not what needs 14 GiB, nor what looks at the machine code, which is
 # another one here, nor what the emulator has to watch, nor what PyTorch compiles.
 CPU = (["test_kernels", "test_residual", "test_dropout", "test_errors", "test_build"],
@@ -47,13 +46,13 @@ EMULATED = (["test_kernels", "test_residual", "test_dropout", "test_cuda_kernels
 ALL_EMULATED = ([*EMULATED[0], "test_emulator"], EMULATED[1].partition(" and not float16")[0])
 
 
-def build():
+def build(flags):
     """Compiles the extension into build/sanitize/ldm_fused."""
     shutil.rmtree(BUILD / "ldm_fused", ignore_errors=True)
     shutil.copytree(ROOT / "ldm_fused", BUILD / "ldm_fused", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     return subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--force", f"--build-lib={BUILD}",
                            f"--build-temp={BUILD / 'objects'}"], cwd=ROOT,
-                          env={**os.environ, "CXX": COMPILER, "FORCE_CUDA": "0", "LDM_FUSED_CXXFLAGS": FLAGS})
+                          env={**os.environ, "CXX": COMPILER, "FORCE_CUDA": "0", "LDM_FUSED_CXXFLAGS": flags})
 
 
 def library(name):
@@ -63,13 +62,13 @@ def library(name):
     return path
 
 
-def python(*arguments, isa=""):
+def python(flags, *arguments, isa=""):
     """A finished Python, in which kernels are those built here: it looks for ldm_fused first where it starts."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(BUILD), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "LDM_FUSED_CPU_ISA": isa,
-        "LDM_FUSED_EMULATOR_FLAGS": FLAGS,
+        "LDM_FUSED_EMULATOR_FLAGS": flags,
         "CXX": f"env -u LD_PRELOAD {COMPILER}",  # the compiler of the emulator works unwatched
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch leave much behind when they exit
@@ -80,11 +79,11 @@ def python(*arguments, isa=""):
                           stderr=subprocess.STDOUT, text=True)
 
 
-def run(name, tests, isa):
+def run(name, tests, isa, flags):
     """The run's words in the last line; none where it failed."""
     files, expression = tests
     # The sanitizers write to file descriptor 2 and end the process: pytest must not keep that from being seen.
-    result = python("-m", "pytest", "-v", "--capture=sys", "-p", "no:cacheprovider", "-k", expression,
+    result = python(flags, "-m", "pytest", "-v", "--capture=sys", "-p", "no:cacheprovider", "-k", expression,
                     *(str(ROOT / "tests" / f"{file}.py") for file in [*files, "sanitized"]), isa=isa)
     passed = re.search(r"=+ (\d+) passed.* in .*=+\n$", result.stdout)
     good = result.returncode == 0 and passed
@@ -93,24 +92,30 @@ def run(name, tests, isa):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="leave nothing out")
+    parser.add_argument("--cpu", action="store_true", help="leave out the emulated kernels, which compile for minutes")
+    options = parser.parse_args()
+    flags = FLAGS if options.all else FLAGS + QUICK
     BUILD.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
-        emulator = pool.submit(python, "-c", "from emulator import build; build.load('library')")
-        extension = build()
-    isas = python("-c", "import emulated, ldm_fused; print(*ldm_fused.build_info()['cpu_isas'])")
+        load = "" if options.cpu else "from emulator import build; build.load('library')"
+        emulator = pool.submit(python, flags, "-c", load)
+        extension = build(flags)
+    isas = python(flags, "-c", "import emulated, ldm_fused; print(*ldm_fused.build_info()['cpu_isas'])")
     for finished in (extension, emulator.result(), isas):
         if finished.returncode != 0:
             sys.exit(f"{finished.stdout or ''}sanitize: FAILED to build")
 
-    names = isas.stdout.split()
-    runs = {"emulated": (ALL_EMULATED if EVERYTHING else EMULATED, names[-1])}  # the longest begins
-    runs.update((f"cpu {isa}", (CPU if isa == names[-1] or EVERYTHING else KERNELS, isa)) for isa in names)
+    *older, newest = isas.stdout.split()
+    runs = {} if options.cpu else {"emulated": (ALL_EMULATED if options.all else EMULATED, newest)}  # the longest begins
+    runs[f"cpu {newest}"] = CPU, newest
+    runs.update((f"cpu {isa}", (CPU if options.all else KERNELS, isa)) for isa in older)
     with ThreadPoolExecutor(2) as pool:  # as many as small machines have cores, and the memory for
-        emulated, *cpu = pool.map(lambda name: run(name, *runs[name]), runs)
-    results = [*cpu, emulated]
+        results = list(pool.map(lambda name: run(name, *runs[name], flags), runs))
     if not all(results):
         sys.exit("sanitize: FAILED")
-    print(f"sanitize: {', '.join(results)}, 0 errors")
+    print(f"sanitize: {', '.join(sorted(results))}, 0 errors")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // bias_add_residual and channel_sums on CUDA: plan, launch, register.
 #include "cuda/bias_add_residual.cuh"
-#include "cuda/call.h"
+#include "cuda/host.h"
 #include "cuda/channel_sums.cuh"
 
 namespace ldm_fused {

@@ -4,7 +4,7 @@
 #include <map>
 #include <mutex>
 
-#include "cuda/call.h"
+#include "cuda/host.h"
 #include "cuda/device.h"
 
 namespace ldm_fused {

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda/call.h"
+#include "cuda/host.h"
 #include "cuda/resident_backward.cuh"
 #include "cuda/resident_forward.cuh"
 #include "cuda/two_pass_backward.cuh"

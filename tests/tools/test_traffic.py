@@ -26,7 +26,13 @@ def test_counts_are_what_the_plan_predicted(shape, layout, name):
         assert moved.over_limit > 1 and 0 < moved.sector_efficiency <= 1
 
 
-def test_report(capsys):
+@pytest.fixture
+def smaller(monkeypatch):
+    """What is emulated of the seed's suite; `make traffic` takes seconds for each shape."""
+    monkeypatch.setattr(traffic, "LARGEST", traffic.LARGEST // 8)
+
+
+def test_report(capsys, smaller):
     assert traffic.main(["--suite", "seed"]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     tiers = [re.findall("block|cluster|grid|two passes", row) for row in rows if re.match(r"\d+x", row)]
@@ -49,23 +55,8 @@ def test_counts_of_a_block_are_what_the_plans_predicted(shape, layout, name):
         assert moved.over_limit > 1
 
 
-@pytest.fixture(scope="module")
-def blocks_measured_once():
-    """Each takes seconds."""
-    measure_block, measured = traffic.measure_block, {}
-
-    def once(workload, layout, device):
-        key = workload.shape, layout
-        if key not in measured:
-            measured[key] = measure_block(workload, layout, device)
-        return measured[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traffic, "measure_block", once)
-        yield
-
-
-def test_block_report(capsys, blocks_measured_once):
+def test_block_report(capsys, monkeypatch):
+    monkeypatch.setattr(traffic.workloads, "select", lambda suite: [Workload("seed", (2, 128, 32, 32))])
     assert traffic.main(["--suite", "seed", "--block"]) == 0
     *_, inference, training = capsys.readouterr().out.splitlines()
     number = r"(\d+\.\d+) B"
@@ -82,16 +73,18 @@ def test_videos_have_no_blocks(capsys):
     assert "this suite has no blocks" in capsys.readouterr().err
 
 
-def test_block_targets(capsys, monkeypatch, blocks_measured_once):
+def test_block_targets(capsys, monkeypatch):
     monkeypatch.setattr(traffic, "BLOCK_TARGETS", {"inference": 7.0, "training": 15.0})
+    monkeypatch.setattr(traffic.workloads, "select", lambda suite: [Workload("seed", (2, 320, 16, 16))])
     assert traffic.main(["--suite", "seed", "--block"]) == 1
     assert re.search(r"Blocks in inference move 7\.\d\d B, more than 7.0 B\.", capsys.readouterr().out)
 
 
 def test_plan_that_is_wrong_is_reported(capsys, monkeypatch):
     monkeypatch.setattr(traffic, "bytes_of", lambda plan: 2 * (plan["bytes_read"] + plan["bytes_written"]))
+    monkeypatch.setattr(traffic.workloads, "select", lambda suite: [Workload("seed", (2, 64, 8, 8))])
     assert traffic.main(["--suite", "seed"]) == 1
-    assert ("The plan predicts other bytes than were counted for 80x256x8x8 contiguous forward."
+    assert ("The plan predicts other bytes than were counted for 2x64x8x8 contiguous forward."
             in capsys.readouterr().out)
 
 
