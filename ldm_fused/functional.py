@@ -4,6 +4,7 @@ import math
 import numbers
 import operator
 import warnings
+from functools import partial
 from typing import Optional, Tuple
 
 import torch
@@ -113,8 +114,8 @@ def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, b
     p = _number(dropout_p, "dropout_p")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
-    if (not has_kernels(x) or ops.in_transform() or readers.to_onnx() or decided(readers.is_off)
-            or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT):
+    if (not has_kernels(x) or ops.in_transform() or readers.to_onnx() or readers.are_sharded(a)
+            or decided(readers.is_off) or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT):
         return F.dropout(route(ops.GROUP_NORM_ACT, a), p)
     seed = torch.randint(2**63 - 1, (1,), device=x.device)
     return route(ops.GROUP_NORM_ACT, a._replace(dropout_seed=seed, dropout_p=p))
@@ -137,8 +138,12 @@ def route(op: ops.Op, a):
         return op.composed(a)
     if ops.in_transform():
         return op.composed(a)
-    if type(a.x) not in _PLAIN and readers.is_sharded(a.x):
-        return op.formula(a)
+    if readers.are_sharded(a):
+        from . import dtensor  # which imports torch.distributed.tensor
+
+        if decided(readers.is_off) or not dtensor.takes(a):
+            return op.formula(a)
+        return dtensor.by_parts(partial(route, op), a)
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or torch._C._get_tracing_state() is not None:
         if readers.off:

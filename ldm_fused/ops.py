@@ -76,7 +76,6 @@ if os.environ.get("LDM_FUSED_MULTIPROCESSORS"):
 _devices_with_code = {}  # by index
 
 
-@torch.compiler.assume_constant_result
 def has_cuda_code(index: int) -> bool:
     """Whether a CUDA device runs the code that this build has; it is asked once."""
     found = _devices_with_code.get(index)
@@ -86,6 +85,10 @@ def has_cuda_code(index: int) -> bool:
         except RuntimeError:  # there is no such device: a tensor on it is a fake one
             return True
     return found
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo: as long as torch itself takes.
+has_cuda_code._dynamo_marked_constant = True
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

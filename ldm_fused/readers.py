@@ -23,6 +23,7 @@ off = 1 if os.environ.get("LDM_FUSED_DISABLE", "") not in ("", "0") else 0
 
 _DEFAULT = Tensor.__torch_function__.__func__
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_USUAL = _PLAIN | {int, float, bool, torch.dtype, torch.SymInt, torch.SymFloat}
 
 
 @contextmanager
@@ -63,10 +64,12 @@ def have_functions(values: Sequence[Any]) -> bool:
     return False
 
 
-def is_sharded(x: Tensor) -> bool:
-    """Whether x is a DTensor: our ops have no rules for how they are sharded, and PyTorch's have."""
+def are_sharded(values: Sequence[Any]) -> bool:
+    """Whether one of ``values`` is a DTensor. Nobody has one who has not imported its module."""
+    if _USUAL.issuperset(map(type, values)):
+        return False
     tensor = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and isinstance(x, tensor.DTensor)
+    return tensor is not None and any(isinstance(v, tensor.DTensor) for v in values)
 
 
 def to_onnx() -> bool:

@@ -10,9 +10,9 @@ from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from watched import Calls
 
 import ldm_fused
 from ldm_fused import functional
@@ -25,19 +25,6 @@ BLOCKS = ("FusedResnetBlock", "patched block")
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-class Calls(TorchDispatchMode):
-    """The names of our ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "ldm_fused":
-            self.names.append(function.__name__)
-        return function(*args, **kwargs or {})
 
 
 # ---- torch.fx ----------------------------------------------------------------------------------------------------
@@ -198,28 +185,6 @@ def test_a_mode_that_watches_functions_leaves_the_op_fused():
     with torch.device("cpu"), Calls() as calls:
         ldm_fused.group_norm_silu(torch.randn(2, *X), 4)
     assert len(calls.names) == 1
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("needs gloo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", ["GroupNormSiLU", "bias_add_residual", "group_norm_act"])
-def test_sharded_tensors_get_pytorchs_functions(name, mesh):
-    from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
-
-    ours, plain = (distribute_module(model, mesh) for model in models(name))
-    for placement in (Replicate(), Shard(0), Shard(1)):
-        x = [distribute_tensor(t, mesh, [placement]) for t in inputs(name)]
-        y, expected = ours(*x), plain(*x)
-        assert y.placements == expected.placements
-        close(y.full_tensor(), expected.full_tensor())
 
 
 # ---- disabled ----------------------------------------------------------------------------------------------------

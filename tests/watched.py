@@ -1,9 +1,22 @@
-"""What a forward does with memory, as PyTorch's dispatcher sees it."""
+"""What a forward calls and does with memory, as PyTorch's dispatcher sees it."""
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class Calls(TorchDispatchMode):
+    """The names of our ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ldm_fused":
+            self.names.append(function.__name__)
+        return function(*args, **kwargs or {})
 
 
 class LiveBytes(TorchDispatchMode):
