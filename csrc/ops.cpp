@@ -1,13 +1,13 @@
 // The table of contents: every op's schema, what the binary was built of, and the Python module that loads it.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 
 #include <exception>
 
 #include "cpu/isa.h"
 #include "cuda/device.h"
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(ldm_fused, m) {
+STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
   // y = dropout(act(group_norm(x + pre_bias) * (1 + scale) + shift)), and the statistics (N, G) that backward needs.
   // With a dropout_seed, one int64 on x's device, elements are zeroed with probability dropout_p, the others multiplied
   // by 1 / (1 - dropout_p); which ones depends on the seed and on their place in memory (dropout.h).
@@ -32,8 +32,19 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
   m.def("channel_sums(Tensor x) -> Tensor sums");
 }
 
+// What setup.py knows and a build without it does not.
+#ifndef LDM_FUSED_VERSION
+#define LDM_FUSED_VERSION ""
+#endif
+#ifndef LDM_FUSED_TORCH
+#define LDM_FUSED_TORCH ""
+#endif
 #ifndef LDM_FUSED_CUDA
+#ifdef USE_CUDA
+#define LDM_FUSED_CUDA "unknown"
+#else
 #define LDM_FUSED_CUDA ""
+#endif
 #endif
 #ifndef LDM_FUSED_CUDA_ARCHS
 #define LDM_FUSED_CUDA_ARCHS ""
@@ -74,6 +85,6 @@ static PyMethodDef methods[] = {
     {"has_cuda_code", has_cuda_code, METH_O, "Whether there is code in this binary that the CUDA device runs."},
     {nullptr, nullptr, 0, nullptr}};
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, C10_STRINGIZE(TORCH_EXTENSION_NAME), nullptr, -1, methods};
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC C10_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
