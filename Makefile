@@ -4,7 +4,8 @@
 PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis pillow setuptools wheel
 
 INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
-    einops==0.8.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 kernels==0.17.2 numpy pytest
+    einops==0.8.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 kernels==0.17.2 \
+    kernel-abi-check==0.14.1 numpy pytest
 # Installed without its dependencies: the file of blocks that is tested needs none of them.
 INTEGRATIONS_ALONE := taming-transformers==0.0.1
 

@@ -104,7 +104,7 @@ built = {"VERSION": version, "TORCH": torch.__version__}
 cxx, nvcc, link, include_dirs = flags + ["-fvisibility=hidden", "-g0"], [], [], [os.path.abspath("csrc")]
 if cuda_home:
     archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
-    built.update(CUDA=cuda_version, CUDA_ARCHS=archs)
+    built["CUDA_ARCHS"] = archs
     what = f"CPU kernels, and CUDA kernels for {archs} by the nvcc {cuda_version} in {cuda_home}"
     cpp_extension.CUDA_HOME = cuda_home  # a CPU-only torch leaves it empty, FORCE_CUDA=1 or not
     SOURCES += CUDA_SOURCES + CUDA_HOST_SOURCES

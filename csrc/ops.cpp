@@ -1,7 +1,11 @@
 // The table of contents: every op's schema, what the binary was built of, and the Python module that loads it.
 #include <Python.h>
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 #include <exception>
+#include <string>
 
 #include "cpu/isa.h"
 #include "cuda/device.h"
@@ -32,28 +36,30 @@ STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
   m.def("channel_sums(Tensor x) -> Tensor sums");
 }
 
-// What setup.py knows and a build without it does not.
+// What setup.py tells, and a build without it does not.
 #ifndef LDM_FUSED_VERSION
 #define LDM_FUSED_VERSION ""
 #endif
 #ifndef LDM_FUSED_TORCH
 #define LDM_FUSED_TORCH ""
 #endif
-#ifndef LDM_FUSED_CUDA
-#ifdef USE_CUDA
-#define LDM_FUSED_CUDA "unknown"
-#else
-#define LDM_FUSED_CUDA ""
-#endif
-#endif
 #ifndef LDM_FUSED_CUDA_ARCHS
 #define LDM_FUSED_CUDA_ARCHS ""
 #endif
 
+static std::string cuda_version() {
+#ifdef USE_CUDA
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#else
+  return "";
+#endif
+}
+
 static PyObject* build_info(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__,
-                       "built_with_torch", LDM_FUSED_TORCH, "cuda", LDM_FUSED_CUDA, "cuda_archs", LDM_FUSED_CUDA_ARCHS,
-                       "cpu_isa", ldm_fused::cpu::isa(), "cpu_isas", ldm_fused::cpu::isas().c_str());
+                       "built_with_torch", LDM_FUSED_TORCH, "cuda", cuda_version().c_str(), "cuda_archs",
+                       LDM_FUSED_CUDA_ARCHS, "cpu_isa", ldm_fused::cpu::isa(), "cpu_isas",
+                       ldm_fused::cpu::isas().c_str());
 }
 
 static PyObject* limit_multiprocessors(PyObject*, PyObject* limit) {
