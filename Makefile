@@ -4,7 +4,8 @@
 PACKAGES := torch==2.13.0 numpy ninja pybind11 pytest hypothesis pillow setuptools wheel
 
 INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 transformers==5.24.0 monai==1.6.1 \
-    einops==0.8.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 numpy pytest
+    einops==0.8.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 kernels==0.17.2 \
+    kernel-abi-check==0.14.1 numpy pytest
 # Installed without its dependencies: the file of blocks that is tested needs none of them.
 INTEGRATIONS_ALONE := taming-transformers==0.0.1
 
@@ -30,7 +31,8 @@ DEVICES := H200 A100 'RTX 4090' T4
 DEVICE_TESTS = (emulated or test_cuda_kernels and not tier and not order and not workload and not every_device) \
     and not torch.float16
 
-.PHONY: help build test test-integrations devices sanitize bench gpu traffic predict sass mutants check-all clean toolkit
+.PHONY: help build test test-integrations hf-kernel devices sanitize bench gpu traffic predict sass mutants check-all \
+    clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -43,8 +45,11 @@ test: build ## build, then run the tests
 	$(PY) -m pytest $(ARGS)
 
 # They have a conftest.py of their own, since that of tests/ is for the emulator.
-test-integrations: build $(READY_INTEGRATIONS) ## test ldm_fused on diffusers, accelerate, PEFT, MONAI, taming and ONNX
+test-integrations: build hf-kernel $(READY_INTEGRATIONS) ## test with diffusers, kernels, PEFT, MONAI, taming, ONNX
 	.venv-integrations/bin/python -m pytest --confcutdir tests/integrations tests/integrations $(ARGS)
+
+hf-kernel: toolkit ## build what Hugging Face's kernels package loads, into build/hf-kernel
+	@tools/quietly 'Hugging Face kernel' $(PY) tools/hf_kernel.py
 
 devices: build ## test the CUDA kernels as they run on an H200, A100, RTX 4090 and T4, in the emulator
 	@for device in $(DEVICES); do echo "== $$device"; \

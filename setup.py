@@ -2,7 +2,8 @@
 
 FORCE_CUDA=1 or 0 asks for CUDA kernels or for none (default: where torch and the machine both have CUDA);
 CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension. LDM_FUSED_CXXFLAGS is
-added to the C++ compiler's flags, after all others, and to the linker's.
+added to the C++ compiler's flags, after all others, and to the linker's. LDM_FUSED_MODULE names the module in the place
+of _C, and the library that it registers the ops in.
 """
 import glob
 import importlib.util
@@ -96,11 +97,14 @@ from torch.utils import cpp_extension  # noqa: E402
 version = re.search(r'^version = "(.+)"', open("pyproject.toml").read(), re.M)[1]
 what = f"CPU kernels only, because {no_cuda}"
 flags = ["-O3", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+module = os.environ.get("LDM_FUSED_MODULE", "_C")
+if module != "_C":
+    flags.append("-DLDM_FUSED_LIBRARY=TORCH_EXTENSION_NAME")  # which torch defines as the module's name
 built = {"VERSION": version, "TORCH": torch.__version__}
 cxx, nvcc, link, include_dirs = flags + ["-fvisibility=hidden", "-g0"], [], [], [os.path.abspath("csrc")]
 if cuda_home:
     archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
-    built.update(CUDA=cuda_version, CUDA_ARCHS=archs)
+    built["CUDA_ARCHS"] = archs
     what = f"CPU kernels, and CUDA kernels for {archs} by the nvcc {cuda_version} in {cuda_home}"
     cpp_extension.CUDA_HOME = cuda_home  # a CPU-only torch leaves it empty, FORCE_CUDA=1 or not
     SOURCES += CUDA_SOURCES + CUDA_HOST_SOURCES
@@ -129,7 +133,7 @@ class Build(cpp_extension.BuildExtension):
 
 setup(
     ext_modules=[cpp_extension.CppExtension(
-        "ldm_fused._C", SOURCES, py_limited_api=True, include_dirs=include_dirs, extra_link_args=link,
+        f"ldm_fused.{module}", SOURCES, py_limited_api=True, include_dirs=include_dirs, extra_link_args=link,
         depends=glob.glob("csrc/**/*.*", recursive=True),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc})],
     cmdclass={"build_ext": Build},

@@ -1,13 +1,17 @@
 // The table of contents: every op's schema, what the binary was built of, and the Python module that loads it.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 #include <exception>
+#include <string>
 
 #include "cpu/isa.h"
 #include "cuda/device.h"
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(ldm_fused, m) {
+STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
   // y = dropout(act(group_norm(x + pre_bias) * (1 + scale) + shift)), and the statistics (N, G) that backward needs.
   // With a dropout_seed, one int64 on x's device, elements are zeroed with probability dropout_p, the others multiplied
   // by 1 / (1 - dropout_p); which ones depends on the seed and on their place in memory (dropout.h).
@@ -32,17 +36,30 @@ STABLE_TORCH_LIBRARY(ldm_fused, m) {
   m.def("channel_sums(Tensor x) -> Tensor sums");
 }
 
-#ifndef LDM_FUSED_CUDA
-#define LDM_FUSED_CUDA ""
+// What setup.py tells, and a build without it does not.
+#ifndef LDM_FUSED_VERSION
+#define LDM_FUSED_VERSION ""
+#endif
+#ifndef LDM_FUSED_TORCH
+#define LDM_FUSED_TORCH ""
 #endif
 #ifndef LDM_FUSED_CUDA_ARCHS
 #define LDM_FUSED_CUDA_ARCHS ""
 #endif
 
+static std::string cuda_version() {
+#ifdef USE_CUDA
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#else
+  return "";
+#endif
+}
+
 static PyObject* build_info(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "version", LDM_FUSED_VERSION, "compiler", __VERSION__,
-                       "built_with_torch", LDM_FUSED_TORCH, "cuda", LDM_FUSED_CUDA, "cuda_archs", LDM_FUSED_CUDA_ARCHS,
-                       "cpu_isa", ldm_fused::cpu::isa(), "cpu_isas", ldm_fused::cpu::isas().c_str());
+                       "built_with_torch", LDM_FUSED_TORCH, "cuda", cuda_version().c_str(), "cuda_archs",
+                       LDM_FUSED_CUDA_ARCHS, "cpu_isa", ldm_fused::cpu::isa(), "cpu_isas",
+                       ldm_fused::cpu::isas().c_str());
 }
 
 static PyObject* limit_multiprocessors(PyObject*, PyObject* limit) {
@@ -74,6 +91,6 @@ static PyMethodDef methods[] = {
     {"has_cuda_code", has_cuda_code, METH_O, "Whether there is code in this binary that the CUDA device runs."},
     {nullptr, nullptr, 0, nullptr}};
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, C10_STRINGIZE(TORCH_EXTENSION_NAME), nullptr, -1, methods};
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC C10_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }

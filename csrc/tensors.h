@@ -1,7 +1,6 @@
 // Torch's tensors: their dtypes, layouts and shapes as the kernels know them.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,6 +8,7 @@
 
 #include <optional>
 
+#include "library.h"
 #include "problem.h"
 
 namespace ldm_fused {

@@ -14,23 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from ._ops import add_op_namespace_prefix, ops
 
 try:
     from . import _C  # its import registers the ops
 except ImportError as error:
     how = "`make build` (or `pip install --no-build-isolation -e .`) in its source tree"
-    if find_spec("ldm_fused._C") is None:
+    if find_spec("._C", __package__) is None:
         raise ImportError(f"ldm_fused is not built yet: run {how}, then import it again.") from None
     raise ImportError(f"ldm_fused's binary does not load under torch {torch.__version__}: build it again with {how}. "
                       f"{error}") from error
 
-group_norm_act = torch.ops.ldm_fused.group_norm_act.default
-group_norm_act_backward = torch.ops.ldm_fused.group_norm_act_backward.default
+group_norm_act = ops.group_norm_act.default
+group_norm_act_backward = ops.group_norm_act_backward.default
 # It has no fake kernel, and so refuses whatever is no plain tensor.
-group_norm_act_inference = torch.ops.ldm_fused.group_norm_act_inference.default
+group_norm_act_inference = ops.group_norm_act_inference.default
 
-bias_add_residual = torch.ops.ldm_fused.bias_add_residual.default
-channel_sums = torch.ops.ldm_fused.channel_sums.default
+bias_add_residual = ops.bias_add_residual.default
+channel_sums = ops.channel_sums.default
 
 HAS_CUDA = bool(_C.build_info()["cuda"])
 
@@ -307,7 +308,7 @@ def _backward(ctx, dy, dmean, drstd):
     return backward(ctx, dy)
 
 
-torch.library.register_autograd("ldm_fused::group_norm_act", _backward, setup_context=_setup_context)
+torch.library.register_autograd(add_op_namespace_prefix("group_norm_act"), _backward, setup_context=_setup_context)
 
 
 def _residual_setup(ctx, inputs, output):
@@ -344,7 +345,8 @@ class BiasAddResidual(torch.autograd.Function):
 
 BIAS_ADD_RESIDUAL = Op(composed_residual, lambda a: reference.bias_add_residual(*a), bias_add_residual, BiasAddResidual)
 
-torch.library.register_autograd("ldm_fused::bias_add_residual", _residual_backward, setup_context=_residual_setup)
+torch.library.register_autograd(add_op_namespace_prefix("bias_add_residual"), _residual_backward,
+                                setup_context=_residual_setup)
 
 
 # ---- Fake kernels ----------------------------------------------------------------------------------------------
@@ -361,14 +363,14 @@ def _dense(x: Tensor) -> Tensor:
     return x if is_channels_last(x) else x.contiguous()
 
 
-@torch.library.register_fake("ldm_fused::group_norm_act")
+@torch.library.register_fake(add_op_namespace_prefix("group_norm_act"))
 def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed=None, dropout_p=0.0):
     y = torch.empty_like(_dense(x), dtype=out_dtype or x.dtype)
     mean = x.new_empty((x.shape[0], num_groups), dtype=accumulate_dtype(x.dtype))
     return y, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("ldm_fused::group_norm_act_backward")
+@torch.library.register_fake(add_op_namespace_prefix("group_norm_act_backward"))
 def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut=None, dropout_seed=None,
       dropout_p=0.0):
     def gradient(parameter, wanted):
@@ -380,11 +382,11 @@ def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask
     return (dx, *(gradient(p, wanted) for p, wanted in zip((weight, bias, pre_bias, scale, shift), output_mask[1:])))
 
 
-@torch.library.register_fake("ldm_fused::bias_add_residual")
+@torch.library.register_fake(add_op_namespace_prefix("bias_add_residual"))
 def _(x, residual, bias, residual_bias, scale):
     return torch.empty_like(_dense(x))
 
 
-@torch.library.register_fake("ldm_fused::channel_sums")
+@torch.library.register_fake(add_op_namespace_prefix("channel_sums"))
 def _(x):
     return x.new_empty((x.shape[1],), dtype=accumulate_dtype(x.dtype))

@@ -51,6 +51,6 @@ constexpr auto residual_op = &bias_add_residual<NoGuard, run_residual>;
 }  // namespace cpu
 }  // namespace ldm_fused
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("bias_add_residual", TORCH_BOX(ldm_fused::cpu::residual_op));
 }

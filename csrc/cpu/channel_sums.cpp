@@ -64,6 +64,6 @@ constexpr auto channel_sums_op = &channel_sums<NoGuard, run_channel_sums>;
 }  // namespace cpu
 }  // namespace ldm_fused
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("channel_sums", TORCH_BOX(ldm_fused::cpu::channel_sums_op));
 }

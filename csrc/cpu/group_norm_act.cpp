@@ -153,7 +153,7 @@ constexpr auto inference_op = &group_norm_act_inference<NoGuard, run_forward>;
 }  // namespace cpu
 }  // namespace ldm_fused
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("group_norm_act", TORCH_BOX(ldm_fused::cpu::forward_op));
   m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cpu::inference_op));
 }

@@ -219,6 +219,6 @@ constexpr auto backward_op = &group_norm_act_backward<NoGuard, run_backward>;
 }  // namespace cpu
 }  // namespace ldm_fused
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cpu::backward_op));
 }

@@ -30,7 +30,7 @@ constexpr auto channel_sums_op = &channel_sums<Guard, run_channel_sums>;
 }  // namespace cuda
 }  // namespace ldm_fused
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CUDA, m) {
   m.impl("bias_add_residual", TORCH_BOX(ldm_fused::cuda::residual_op));
   m.impl("channel_sums", TORCH_BOX(ldm_fused::cuda::channel_sums_op));
 }

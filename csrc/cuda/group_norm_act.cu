@@ -114,7 +114,7 @@ const void* any_kernel() { return reinterpret_cast<const void*>(parameter_gradie
 }  // namespace cuda
 }  // namespace ldm_fused
 
-STABLE_TORCH_LIBRARY_IMPL(ldm_fused, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CUDA, m) {
   m.impl("group_norm_act", TORCH_BOX(ldm_fused::cuda::forward_op));
   m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cuda::inference_op));
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cuda::backward_op));

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import bypass
+from ...diffusers_block import resnet_block_2d
 from .. import layout, swap
-from ..adapter import Block, channels
+from ..adapter import STATE, Block, channels, sites
 from ..pair import Parent
 from ..upsample import Upsample, Upsampling
 
@@ -36,21 +37,14 @@ class ResnetBlock2D(ResnetBlock):
 
     def forward(self, block: nn.Module, input_tensor: Tensor, temb: Optional[Tensor] = None, *args: Any,
                 **kwargs: Any) -> Tensor:
-        mode = block.time_embedding_norm
-        expected = 2 if block.time_emb_proj is not None else 0
-        if args or kwargs or (0 if temb is None else temb.dim()) != expected or expected == 0 and mode == "scale_shift":
-            return swap.as_before(block, input_tensor, temb, *args, **kwargs)  # which warns, or raises
-        if block.time_emb_proj is not None:
-            temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
-        modulate = None
-        if mode == "scale_shift":
-            modulate = dict(zip(("scale", "shift"), temb.chunk(2, dim=1)))
-        resample = block.upsample if block.upsample is not None else block.downsample
-        parts = self.parts_of(block)
-        if block.training and parts["shortcut"] is not None and not layout.is_laid_out(parts["shortcut"]):
-            input_tensor = input_tensor.contiguous()
-        return self.resnet(block, input_tensor, **parts, temb=temb if mode == "default" else None, modulate2=modulate,
-                           resample=resample, scale=1.0 / block.output_scale_factor)
+        y = None
+        if not (args or kwargs):
+            norm1, norm2 = sites(block)[:2]
+            shortcut = block.conv_shortcut
+            keeps_layout = block.training and shortcut is not None and layout.is_laid_out(shortcut)
+            y = resnet_block_2d(block, input_tensor, temb, counts=(norm1.count, norm2.count),
+                                recompute=block.__dict__[STATE].recompute, keeps_layout=keeps_layout)
+        return swap.as_before(block, input_tensor, temb, *args, **kwargs) if y is None else y  # it warns, or raises
 
 
 class ResnetBlockCondNorm2D(ResnetBlock):
