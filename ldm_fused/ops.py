@@ -45,8 +45,8 @@ def cuda_obstacle(built: str, running: Optional[str]) -> Optional[str]:
     if not built or running and running.partition(".")[0] == major:
         return None
     has = f"with CUDA {running}" if running else "without CUDA"
-    return (f"ldm_fused has kernels for CUDA {major}, and torch {torch.__version__} is built {has}: its CPU kernels serve, "
-            f"and CUDA tensors get PyTorch's ops.")
+    return (f"ldm_fused has kernels for CUDA {major}, and torch {torch.__version__} is built {has}: its CPU kernels "
+            f"serve, and CUDA tensors get PyTorch's ops.")
 
 
 _obstacle = cuda_obstacle(_C.build_info()["cuda"], torch.version.cuda)
