@@ -10,24 +10,38 @@ __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 
 #if defined(__GLIBC__) && defined(__x86_64__)
 
-#ifdef USE_CUDA  // the static cudart calls those behind exp, which 2.34 moved into libc.so
-#define LDM_FUSED_OLDEST                                                                                        \
-  "exp, dlclose, dlerror, dlopen, dlsym, dlvsym, pthread_condattr_setpshared, pthread_create, pthread_detach, " \
-  "pthread_getspecific, pthread_join, pthread_key_create, pthread_key_delete, pthread_kill, "                   \
-  "pthread_mutex_trylock, pthread_mutexattr_destroy, pthread_mutexattr_init, pthread_mutexattr_setpshared, "    \
-  "pthread_mutexattr_settype, pthread_once, pthread_setspecific, sem_post, sem_wait"
-#else  // since 2.29 another exp, which differs in how it reports errors alone
-#define LDM_FUSED_OLDEST "exp"
-#endif
-
-__asm__(".text\n.irp name, " LDM_FUSED_OLDEST R"(
-  .symver oldest_\name, \name@GLIBC_2.2.5
+__asm__(R"(
+.text
+.macro oldest version, names:vararg
+.irp name, \names
+  .symver oldest_\name, \name@\version
   .globl \name
   .hidden \name
   .type \name, @function
 \name:
   jmp oldest_\name@PLT
   .size \name, . - \name
-.endr)");
+.endr
+.endm
+
+oldest GLIBC_2.2.5, exp
+)"               // since 2.29 another exp, which differs in how it reports errors alone
+#ifdef USE_CUDA  // the static cudart calls these, which 2.34 moved into libc.so
+        R"(
+oldest GLIBC_2.3.4, dlmopen
+oldest GLIBC_2.2.5, dlclose, dlerror, dlopen, dlsym, dlvsym, pthread_condattr_setpshared, pthread_create
+oldest GLIBC_2.2.5, pthread_detach, pthread_getspecific, pthread_join, pthread_key_create, pthread_key_delete
+oldest GLIBC_2.2.5, pthread_kill, pthread_mutex_trylock, pthread_mutexattr_destroy, pthread_mutexattr_init
+oldest GLIBC_2.2.5, pthread_mutexattr_setpshared, pthread_mutexattr_settype, pthread_once, pthread_rwlock_destroy
+oldest GLIBC_2.2.5, pthread_rwlock_init, pthread_rwlock_rdlock, pthread_rwlock_timedrdlock
+oldest GLIBC_2.2.5, pthread_rwlock_timedwrlock, pthread_rwlock_tryrdlock, pthread_rwlock_trywrlock
+oldest GLIBC_2.2.5, pthread_rwlock_unlock, pthread_rwlock_wrlock, pthread_rwlockattr_destroy
+oldest GLIBC_2.2.5, pthread_rwlockattr_init, pthread_rwlockattr_setpshared, pthread_setspecific
+oldest GLIBC_2.2.5, pthread_spin_destroy, pthread_spin_init, pthread_spin_lock, pthread_spin_trylock
+oldest GLIBC_2.2.5, pthread_spin_unlock, sem_destroy, sem_init, sem_post, sem_timedwait, sem_trywait, sem_wait
+oldest GLIBC_2.2.5, shm_open, shm_unlink
+)"
+#endif
+);
 
 #endif
