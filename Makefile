@@ -9,6 +9,8 @@ INTEGRATIONS := torch==2.13.0 diffusers==0.42.1 accelerate==1.15.0 peft==0.21.2 
 # Installed without its dependencies: the file of blocks that is tested needs none of them.
 INTEGRATIONS_ALONE := taming-transformers==0.0.1
 
+TORCHES := 2.11 2.12 2.13 2.14
+
 ifdef PYTHON
 PY := $(PYTHON)
 else
@@ -31,8 +33,8 @@ DEVICES := H200 A100 'RTX 4090' T4
 DEVICE_TESTS = (emulated or test_cuda_kernels and not tier and not order and not workload and not every_device) \
     and not torch.float16
 
-.PHONY: help build test test-integrations hf-kernel devices sanitize bench gpu traffic predict sass mutants check-all \
-    clean toolkit
+.PHONY: help build test test-integrations hf-kernel devices sanitize bench gpu traffic predict sass mutants wheel \
+    wheel-test check-all clean toolkit
 
 help: ## this list
 	@echo "ldm_fused. Set-up is part of every target; nothing outside this folder is changed."
@@ -82,6 +84,14 @@ gpu: toolkit ## on a GPU machine STAGE=correct or STAGE=time, of 4 minutes each;
 	@status=0; for stage in $(STAGE); do \
 	    $(PY) tools/gpu.py $$stage --out '$(OUT)'/$$stage $(ARGS) || status=1; done; exit $$status
 
+wheel: $(READY) ## a wheel in dist, from the source distribution; CUDA=13 or CUDA=12: with CUDA kernels
+	tools/quietly wheel $(PY) tools/wheel.py $(if $(CUDA),cu$(CUDA),cpu)
+
+wheel-test: $(TORCHES:%=.venv-torch-%/ready) ## test the wheels in dist with each torch from 2.11 to 2.14
+	@ls dist/*.whl >/dev/null 2>&1 || { echo "There is no wheel in dist: run make wheel first."; exit 1; }
+	@for torch in $(TORCHES); do for wheel in dist/*.whl; do \
+	    tools/test_wheel .venv-torch-$$torch/bin/python "$$wheel" $(ARGS) || exit 1; done; done
+
 check-all: ## what .ci/run checks, and all the repetitions that it leaves out
 	.ci/run all
 
@@ -123,6 +133,12 @@ endif
 	@.venv-integrations/bin/python -m pip install -q --no-deps $(INTEGRATIONS_ALONE)
 	@touch $@
 
-clean: ## remove what was built (.venv and .venv-integrations stay)
+.venv-torch-%/ready:
+	@python3 -m venv .venv-torch-$*
+	@tools/quietly 'torch $* into .venv-torch-$*' .venv-torch-$*/bin/python -m pip install -q 'torch==$*.*' \
+	    numpy pytest
+	@touch $@
+
+clean: ## remove what was built (the .venv* stay)
 	rm -rf build dist *.egg-info ldm_fused/_C*.so .pytest_cache .hypothesis
 	find . -name .venv\* -prune -o -name __pycache__ -type d -exec rm -rf {} +

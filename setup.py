@@ -3,11 +3,13 @@
 FORCE_CUDA=1 or 0 asks for CUDA kernels or for none (default: where torch and the machine both have CUDA);
 CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension. LDM_FUSED_CXXFLAGS is
 added to the C++ compiler's flags, after all others, and to the linker's. LDM_FUSED_MODULE names the module in the place
-of _C, and the library that it registers the ops in.
+of _C, and the library that it registers the ops in. With LDM_FUSED_WHEEL=cpu, cu13 or cu12, as tools/wheel.py sets it,
+that is in the wheel's version, and its number is the CUDA that is wanted, whatever torch has.
 """
 import glob
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -15,13 +17,16 @@ import subprocess
 import sys
 import sysconfig
 
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/isa.cpp",
+SOURCES = ["csrc/ops.cpp", "csrc/glibc.cpp", "csrc/cpu/isa.cpp",
            *(f"csrc/cpu/{op}.cpp" for op in ("group_norm_act", "group_norm_act_backward", "bias_add_residual",
                                              "channel_sums")),
            *(f"csrc/cpu/kernels_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512_bf16"))]
 CUDA_SOURCES = ["csrc/cuda/group_norm_act.cu", "csrc/cuda/bias_add_residual.cu"]  # those with kernels
 CUDA_HOST_SOURCES = ["csrc/cuda/device.cpp"]
 CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]  # those that nvcc knows; the last one as PTX too
+
+WHEEL = os.environ.get("LDM_FUSED_WHEEL", "")
+PLATFORM = "manylinux_2_28_" + platform.machine()  # of such a wheel; tools/wheel.py sees whether it is true
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
 if sys.prefix != sys.base_prefix:  # a virtual environment's ninja counts, activated or not
@@ -65,7 +70,9 @@ def find_cuda():
     force = os.environ.get("FORCE_CUDA", "")
     if force not in ("", "0", "1"):
         sys.exit(f"FORCE_CUDA is 0 or 1, not '{force}'.")
-    wanted = torch.version.cuda
+    wanted, wanted_by = torch.version.cuda, "torch is built with"
+    if WHEEL.startswith("cu"):
+        wanted, wanted_by = WHEEL[2:], "LDM_FUSED_WHEEL asks for"
     if force == "0":
         return None, None, "FORCE_CUDA=0 asks for it"
     if not wanted and not force:
@@ -77,7 +84,7 @@ def find_cuda():
         if version and (not wanted or version[1].split(".")[0] == wanted.split(".")[0]):
             return home, version[1], None
         if version:
-            reason = f"torch is built with CUDA {wanted} and the toolkit in {home} is CUDA {version[1]}"
+            reason = f"{wanted_by} CUDA {wanted} and the toolkit in {home} is CUDA {version[1]}"
     if force:
         sys.exit(f"FORCE_CUDA=1 asks for CUDA kernels, but {reason}.")
     return None, None, reason
@@ -92,6 +99,7 @@ if cuda_home:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
 
 from setuptools import setup  # noqa: E402
+from setuptools.command.egg_info import egg_info  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
 version = re.search(r'^version = "(.+)"', open("pyproject.toml").read(), re.M)[1]
@@ -114,7 +122,10 @@ if cuda_home:
     nvcc = flags + ["-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-g0", "--threads", threads]
     # CUDAExtension would link torch's shared cudart; with the static one a binary serves its whole CUDA major. libtorch
     # is kept though no symbol is its own: it brings in libtorch_cuda, where there is one.
-    libs = [os.path.join(cuda_home, folder) for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+    libs = [os.path.join(cuda_home, folder) for folder in ("lib64", "lib", f"targets/{target}-linux/lib")]
+    if WHEEL and torch.version.cuda:
+        torch.version.cuda = cuda_version  # else cpp_extension refuses another major, whose binary would be the same
     link = [f"-L{lib}" for lib in libs if os.path.exists(os.path.join(lib, "libcudart_static.a"))]
     link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link += ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
@@ -131,11 +142,17 @@ class Build(cpp_extension.BuildExtension):
         print(f"ldm_fused {version}, built with torch {torch.__version__}: {what}.")
 
 
+class Version(egg_info):
+    def finalize_options(self):
+        self.tag_build = f"+{WHEEL}" if WHEEL else ""
+        super().finalize_options()
+
+
 setup(
     ext_modules=[cpp_extension.CppExtension(
         f"ldm_fused.{module}", SOURCES, py_limited_api=True, include_dirs=include_dirs, extra_link_args=link,
         depends=glob.glob("csrc/**/*.*", recursive=True),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc})],
-    cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": Build, "egg_info": Version},
+    options={"bdist_wheel": {"py_limited_api": "cp310", **({"plat_name": PLATFORM} if WHEEL else {})}},
 )

@@ -5,6 +5,7 @@ their arguments.
 """
 
 import os
+import warnings
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Callable, List, NamedTuple, Optional, Tuple
@@ -33,7 +34,26 @@ group_norm_act_inference = ops.group_norm_act_inference.default
 bias_add_residual = ops.bias_add_residual.default
 channel_sums = ops.channel_sums.default
 
-HAS_CUDA = bool(_C.build_info()["cuda"])
+
+def cuda_obstacle(built: str, running: Optional[str]) -> Optional[str]:
+    """Why CUDA kernels that were built with CUDA ``built`` are not used by a torch with CUDA ``running``, or None.
+
+    Args:
+        built: the toolkit's version, such as "13.0"; "" for a binary without CUDA kernels, which is nothing to tell of.
+        running: ``torch.version.cuda``: None for a torch without CUDA.
+    """
+    major = built.partition(".")[0]
+    if not built or running and running.partition(".")[0] == major:
+        return None
+    has = f"with CUDA {running}" if running else "without CUDA"
+    return (f"ldm_fused has kernels for CUDA {major}, and torch {torch.__version__} is built {has}: its CPU kernels "
+            f"serve, and CUDA tensors get PyTorch's ops.")
+
+
+_obstacle = cuda_obstacle(_C.build_info()["cuda"], torch.version.cuda)
+if _obstacle:
+    warnings.warn(_obstacle, stacklevel=2)
+HAS_CUDA = bool(_C.build_info()["cuda"]) and not _obstacle
 
 if os.environ.get("LDM_FUSED_CPU_ISA", "") not in ("", *_C.build_info()["cpu_isas"].split(";")):
     raise ImportError(f"LDM_FUSED_CPU_ISA is '{os.environ['LDM_FUSED_CPU_ISA']}', and this processor has "
