@@ -94,7 +94,7 @@ struct ForwardCall {
 
 struct BackwardCall {
   Tensor x, dy, mean, rstd;
-  OptionalTensor shortcut;  // only where dx is wanted
+  OptionalTensor shortcut;                               // only where dx is wanted
   Tensor dx, dweight, dbias, dpre_bias, dscale, dshift;  // one that is not wanted has no elements
   Parameters parameters;
   BackwardArgs args{};
@@ -158,6 +158,96 @@ struct BackwardCall {
     if (args.shape.is_empty()) torch::stable::zero_(out);
     return {out.data_ptr(), dtype_of(parameter->scalar_type(), "parameter"),
             sizes.size() == 2 ? args.shape.channels : 0};
+  }
+};
+
+// The two halves of ForwardCall: the statistics of one part of a tensor, then what the moments of all parts make of it.
+
+struct StatisticsCall {
+  Tensor x, statistics;
+  Parameters parameters;
+  ForwardArgs args{};
+
+  StatisticsCall(const Tensor& input, int64_t num_groups, const OptionalTensor& pre_bias)
+      : x(dense(input)), parameters(x) {
+    args.affine.pre_bias = parameters.parameter(pre_bias, "pre_bias", true);
+    args.shape = shape_of(x, num_groups);
+    args.x_dtype = args.y_dtype = dtype_of(x.scalar_type(), "x");
+    const int64_t sizes[] = {3, args.shape.batch, args.shape.groups};
+    statistics = empty(sizes, accumulate_type(x.scalar_type()), x);
+    if (args.shape.is_empty()) torch::stable::zero_(statistics);
+    args.x = x.data_ptr();
+    args.moments = statistics.data_ptr();
+  }
+};
+
+struct ApplyCall : ForwardCall {
+  Tensor parts;
+
+  ApplyCall(const Tensor& input, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
+            double eps, bool silu, const OptionalTensor& pre_bias, const OptionalTensor& scale,
+            const OptionalTensor& shift, std::optional<ScalarType> out_dtype, const OptionalTensor& dropout_seed,
+            double dropout_p)
+      : ForwardCall(input, statistics.dim() == 4 ? statistics.size(3) : 1, weight, bias, eps, silu, pre_bias, scale,
+                    shift, out_dtype, dropout_seed, dropout_p, true),
+        parts(torch::stable::contiguous(statistics)) {
+    STD_TORCH_CHECK(parts.dim() == 4 && parts.size(0) > 0 && parts.size(1) == 3 && parts.size(2) == args.shape.batch &&
+                        parts.scalar_type() == accumulate_type(x.scalar_type()) && same_device(parts, x),
+                    "statistics must be of shape (parts, 3, N, groups), on x's device, in the dtype of its arithmetic");
+    args.parts = parts.data_ptr();
+    args.part_count = parts.size(0);
+  }
+};
+
+// The two halves of BackwardCall: the sums over one part of a tensor, then the gradients, from sums over all parts.
+
+struct SumsCall : BackwardCall {
+  Tensor totals, projections;
+
+  SumsCall(const Tensor& dy_, const Tensor& input, const Tensor& mean_, const Tensor& rstd_,
+           const OptionalTensor& weight, const OptionalTensor& bias, bool silu, const OptionalTensor& pre_bias,
+           const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& dropout_seed,
+           double dropout_p)
+      : BackwardCall(dy_, input, mean_, rstd_, weight, bias, silu, pre_bias, scale, shift, std::vector<bool>(6), {},
+                     dropout_seed, dropout_p) {
+    const Shape& shape = args.shape;
+    args.sums = pre_bias ? 3 : 2;
+    const int64_t of_channels[] = {args.sums, shape.batch, shape.channels};
+    const int64_t of_groups[] = {shape.batch, shape.groups, 2};
+    totals = empty(of_channels, mean.scalar_type(), x);
+    projections = empty(of_groups, mean.scalar_type(), x);
+    if (shape.is_empty()) {
+      torch::stable::zero_(totals);
+      torch::stable::zero_(projections);
+    }
+    args.totals = totals.data_ptr();
+    args.projections = projections.data_ptr();
+  }
+};
+
+struct GradientsCall : BackwardCall {
+  Tensor totals, projections;
+
+  GradientsCall(const Tensor& dy_, const Tensor& input, const Tensor& mean_, const Tensor& rstd_, const Tensor& totals_,
+                const Tensor& projections_, const OptionalTensor& weight, const OptionalTensor& bias, bool silu,
+                const OptionalTensor& pre_bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                const std::vector<bool>& output_mask, const OptionalTensor& dropout_seed, double dropout_p)
+      : BackwardCall(dy_, input, mean_, rstd_, weight, bias, silu, pre_bias, scale, shift, output_mask, {},
+                     dropout_seed, dropout_p),
+        totals(torch::stable::contiguous(totals_)),
+        projections(torch::stable::contiguous(projections_)) {
+    const Shape& shape = args.shape;
+    args.sums = pre_bias ? 3 : 2;
+    STD_TORCH_CHECK(totals.dim() == 3 && totals.size(0) == args.sums && totals.size(1) == shape.batch &&
+                        totals.size(2) == shape.channels && projections.dim() == 3 &&
+                        projections.size(0) == shape.batch && projections.size(1) == shape.groups &&
+                        projections.size(2) == 2 && totals.scalar_type() == mean.scalar_type() &&
+                        projections.scalar_type() == mean.scalar_type() && same_device(totals, x) &&
+                        same_device(projections, x),
+                    "totals and projections must be what group_norm_backward_sums returns for x");
+    args.totals = totals.data_ptr();
+    args.projections = projections.data_ptr();
+    args.has_sums = true;
   }
 };
 
@@ -243,6 +333,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   const Guard guard(x);
   const BackwardCall call(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut,
                           dropout_seed, dropout_p);
+  if (!call.args.shape.is_empty()) run(call);
+  return {call.dx, call.dweight, call.dbias, call.dpre_bias, call.dscale, call.dshift};
+}
+
+template <class Guard, auto run>
+Tensor group_norm_statistics(const Tensor& x, int64_t num_groups, const OptionalTensor& pre_bias) {
+  const Guard guard(x);
+  const StatisticsCall call(x, num_groups, pre_bias);
+  if (!call.args.shape.is_empty()) run(call);
+  return call.statistics;
+}
+
+template <class Guard, auto run>
+std::tuple<Tensor, Tensor, Tensor> group_norm_apply(const Tensor& x, const Tensor& statistics,
+                                                    const OptionalTensor& weight, const OptionalTensor& bias,
+                                                    double eps, bool silu, const OptionalTensor& pre_bias,
+                                                    const OptionalTensor& scale, const OptionalTensor& shift,
+                                                    std::optional<ScalarType> out_dtype,
+                                                    const OptionalTensor& dropout_seed, double dropout_p) {
+  const Guard guard(x);
+  const ApplyCall call(x, statistics, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed,
+                       dropout_p);
+  if (!call.args.shape.is_empty()) run(call);
+  return {call.y, call.mean, call.rstd};
+}
+
+template <class Guard, auto run>
+std::tuple<Tensor, Tensor> group_norm_backward_sums(const Tensor& dy, const Tensor& x, const Tensor& mean,
+                                                    const Tensor& rstd, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, bool silu,
+                                                    const OptionalTensor& pre_bias, const OptionalTensor& scale,
+                                                    const OptionalTensor& shift, const OptionalTensor& dropout_seed,
+                                                    double dropout_p) {
+  const Guard guard(x);
+  const SumsCall call(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, dropout_seed, dropout_p);
+  if (!call.args.shape.is_empty()) run(call);
+  return {call.totals, call.projections};
+}
+
+template <class Guard, auto run>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward_apply(
+    const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& totals,
+    const Tensor& projections, const OptionalTensor& weight, const OptionalTensor& bias, bool silu,
+    const OptionalTensor& pre_bias, const OptionalTensor& scale, const OptionalTensor& shift,
+    std::vector<bool> output_mask, const OptionalTensor& dropout_seed, double dropout_p) {
+  const Guard guard(x);
+  const GradientsCall call(dy, x, mean, rstd, totals, projections, weight, bias, silu, pre_bias, scale, shift,
+                           output_mask, dropout_seed, dropout_p);
   if (!call.args.shape.is_empty()) run(call);
   return {call.dx, call.dweight, call.dbias, call.dpre_bias, call.dscale, call.dshift};
 }

@@ -30,6 +30,26 @@ STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
       "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, Tensor? dx_shortcut=None, "
       "Tensor? dropout_seed=None, float dropout_p=0.0) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
+  // The two halves of group_norm_act, for a tensor that is cut in parts: (3, N, G), the count, mean and sum of squared
+  // deviations of each group of one part; and y of one part from the statistics (parts, 3, N, G) of all, which are
+  // merged in their order.
+  m.def("group_norm_statistics(Tensor x, int num_groups, Tensor? pre_bias=None) -> Tensor statistics");
+  m.def(
+      "group_norm_apply(Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, float eps, bool silu, "
+      "Tensor? pre_bias, Tensor? scale, Tensor? shift, ScalarType? out_dtype, Tensor? dropout_seed=None, "
+      "float dropout_p=0.0) -> (Tensor y, Tensor mean, Tensor rstd)");
+  // The two halves of its backward: (2 or with a pre_bias 3, N, C), sums of each channel of one part, and (N, G, 2),
+  // the projections k1 and k2 (problem.h) if there were no other part; then the gradients, from the projections of the
+  // whole.
+  m.def(
+      "group_norm_backward_sums(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+      "bool silu, Tensor? pre_bias, Tensor? scale, Tensor? shift, Tensor? dropout_seed=None, float dropout_p=0.0) "
+      "-> (Tensor totals, Tensor projections)");
+  m.def(
+      "group_norm_backward_apply(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor totals, Tensor projections, "
+      "Tensor? weight, Tensor? bias, bool silu, Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, "
+      "Tensor? dropout_seed=None, float dropout_p=0.0) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
   // (x + residual + bias + residual_bias) * scale, all of x's dtype but the biases, which may be float32.
   m.def("bias_add_residual(Tensor x, Tensor residual, Tensor? bias, Tensor? residual_bias, float scale) -> Tensor y");
   // (C,): the sum of each channel over samples and pixels, in the dtype of arithmetic.

@@ -179,10 +179,13 @@ struct ParameterGradients {
 // arithmetic, Accumulate<X>.
 
 struct ForwardArgs {
-  const void* x;  // in, of x_dtype
-  void* y;        // out, of y_dtype
-  void* mean;     // out, (N, G) of A: mean of x + pre_bias; null: not wanted
-  void* rstd;     // out, (N, G) of A: 1 / sqrt(var + eps); null with mean
+  const void* x;      // in, of x_dtype
+  void* y;            // out, of y_dtype
+  void* mean;         // out, (N, G) of A: mean of x + pre_bias; null: not wanted
+  void* rstd;         // out, (N, G) of A: 1 / sqrt(var + eps); null with mean
+  void* moments;      // out, (3, N, G) of A: count, mean and m2, in place of the above; null: not wanted
+  const void* parts;  // in, (part_count, 3, N, G) of A: such moments, to be merged; null: x is the whole tensor
+  int64_t part_count;
   Affine affine;  // in
   Shape shape;
   Dtype x_dtype, y_dtype;
@@ -198,6 +201,9 @@ struct BackwardArgs {
   const void* rstd;      // in, (N, G) of A
   const void* shortcut;  // in, of x_dtype: added to dx; null: nothing
   void* dx;              // out, of x_dtype; null: not wanted
+  void* totals;          // (sums, N, C) of A: GradientSums of a channel; null: the kernels' own
+  void* projections;     // (N, G) of Projection<A>; null: the kernels' own
+  bool has_sums;         // totals and projections are in, else out
   Affine affine;         // in
   Gradients gradients;   // out
   Shape shape;

@@ -38,8 +38,8 @@ inline void check_pair(Dtype x, Dtype y, const char* name) {
 
 // ---- Layout ---------------------------------------------------------------------------------------------------
 
-// Whether channels are innermost and the rest is dense, whatever the number of axes: attention flattens pixels into one.
-// Axes of size 1 may have any stride.
+// Whether channels are innermost and the rest is dense, whatever the number of axes: attention flattens pixels into
+// one. Axes of size 1 may have any stride.
 inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t dim = t.dim();
@@ -70,9 +70,13 @@ inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
 // A tensor of x's shape and strides.
 inline Tensor empty_like(const Tensor& x, ScalarType type) { return empty_strided(x.sizes(), x.strides(), type, x); }
 
-// A contiguous tensor of one or two dimensions.
+// A contiguous tensor of one to three dimensions.
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, const Tensor& like) {
-  const int64_t strides[] = {sizes.size() == 2 ? sizes[1] : 1, 1};
+  int64_t strides[3], stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= sizes[axis];
+  }
   return empty_strided(sizes, {strides, sizes.size()}, type, like);
 }
 

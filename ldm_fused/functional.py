@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops, readers, reference, sizes
+from . import ops, readers, reference, sharded, sizes
 from .decisions import decided
 
 __all__ = ["bias_add_residual", "group_norm_act", "group_norm_silu"]
@@ -65,6 +65,7 @@ def group_norm_act(
     scale: Optional[Tensor] = None,
     shift: Optional[Tensor] = None,
     dropout_p: float = 0.0,
+    group=None,
 ) -> Tensor:
     """``dropout(act(group_norm(x + pre_bias) * (1 + scale) + shift))``.
 
@@ -79,46 +80,49 @@ def group_norm_act(
             a function of a seed and of each element's place in memory, so the backward pass needs only the seed. The
             seed is drawn from the generator of x's device: ``torch.manual_seed`` repeats the mask, which is another
             than ``F.dropout`` draws. Source of the mask's generator: Philox4x32-10, Salmon et al. 2011.
+        group: a ``torch.distributed`` process group, over whose ranks a tensor's trailing axes are cut: x is this
+            rank's part, of any size or empty, and each group is normalized over all parts (docs/data_parallel.md).
+            All ranks must call it, with the same N and C and the same need of gradients.
 
     Returns and raises: as :func:`group_norm_silu`; ValueError for an unknown activation or a ``dropout_p`` outside
     of 0 to 1.
     """
     tensors = (x, weight, bias, pre_bias, scale, shift)
     if has_torch_function(tensors):
-        if readers.have_functions(tensors):
+        if group is None and readers.have_functions(tensors):
             y = ops.formula(x, num_groups, weight, bias, eps, activation is not None, pre_bias, scale, shift)
             return F.dropout(y, dropout_p) if dropout_p else y
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
-                                     pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p)
-    if pre_bias is None and scale is None and shift is None and dropout_p == 0.0:
+                                     pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p, group=group)
+    if group is None and pre_bias is None and scale is None and shift is None and dropout_p == 0.0:
         y = _inference(x, num_groups, weight, bias, eps, activation)
         if y is not None:
             return y
-    out_dtype = None
-    if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x):
-        # F.group_norm is one of the ops that CUDA autocast runs in float32.
-        out_dtype = torch.float32
-        weight, bias = _castable(weight, x), _castable(bias, x)
+    out_dtype = autocast_dtype(x)
+    if out_dtype is not None:
+        weight, bias = castable(weight, x), castable(bias, x)
     if (pre_bias is not None or scale is not None or shift is not None) and is_autocast(x):
-        pre_bias, scale, shift = _castable(pre_bias, x), _castable(scale, x), _castable(shift, x)
+        pre_bias, scale, shift = castable(pre_bias, x), castable(scale, x), castable(shift, x)
     return group_norm_act_as(out_dtype, x, num_groups, weight, bias, eps, activation=activation, pre_bias=pre_bias,
-                             scale=scale, shift=shift, dropout_p=dropout_p)
+                             scale=scale, shift=shift, dropout_p=dropout_p, group=group)
 
 
 def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, bias, eps, *, activation="silu",
-                      pre_bias=None, scale=None, shift=None, dropout_p=0.0) -> Tensor:
+                      pre_bias=None, scale=None, shift=None, dropout_p=0.0, group=None) -> Tensor:
     """:func:`group_norm_act`, but it stores in ``out_dtype`` (None: x's dtype), whatever autocast would do."""
-    a = readers.untraced(checked, x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype)
+    a = readers.untraced(checked, x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype,
+                         group is not None)
+    op = ops.GROUP_NORM_ACT if group is None else sharded.op(group)
     if dropout_p == 0.0:
-        return route(ops.GROUP_NORM_ACT, a)
+        return route(op, a)
     p = _number(dropout_p, "dropout_p")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {p}")
     if (not has_kernels(x) or ops.in_transform() or readers.to_onnx() or readers.are_sharded(a)
             or decided(readers.is_off) or not _LEAST_DROPOUT <= p <= 1 - _LEAST_DROPOUT):
-        return F.dropout(route(ops.GROUP_NORM_ACT, a), p)
+        return F.dropout(route(op, a), p)
     seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    return route(ops.GROUP_NORM_ACT, a._replace(dropout_seed=seed, dropout_p=p))
+    return route(op, a._replace(dropout_seed=seed, dropout_p=p))
 
 
 def group_norm_act_and_shortcut(out_dtype: Optional[torch.dtype], x, num_groups, weight, bias, eps, *, pre_bias=None,
@@ -134,7 +138,7 @@ def group_norm_act_and_shortcut(out_dtype: Optional[torch.dtype], x, num_groups,
 def route(op: ops.Op, a):
     """The op on checked arguments, by the cheapest way that is right where it is called."""
     if not has_kernels(a.x):
-        _warn_without_kernels(a.x.device)
+        warn_without_kernels(a.x.device)
         return op.composed(a)
     if ops.in_transform():
         return op.composed(a)
@@ -252,14 +256,19 @@ def is_autocast(x) -> bool:
     return ops.has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _castable(t, x: Tensor):
+def autocast_dtype(x) -> Optional[torch.dtype]:
+    """The dtype that autocast wants of the op, or None: on CUDA it runs F.group_norm in float32."""
+    return torch.float32 if isinstance(x, Tensor) and x.is_cuda and x.dtype in _CASTABLE and is_autocast(x) else None
+
+
+def castable(t, x: Tensor):
     """A parameter for autocast: cast, as autocast would, if the kernels do not take it beside x."""
     if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in (x.dtype, torch.float32, torch.float64):
         return t.float()
     return t
 
 
-def _warn_without_kernels(device: torch.device) -> None:
+def warn_without_kernels(device: torch.device) -> None:
     if device.type in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device.type)
@@ -276,10 +285,12 @@ def _warn_without_kernels(device: torch.device) -> None:
 # ---- Checks ----------------------------------------------------------------------------------------------------
 
 
-def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype) -> ops.Arguments:
+def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype,
+            in_parts=False) -> ops.Arguments:
     """The op's arguments, checked before anything is written.
 
-    Raises what ``F.group_norm`` raises for a bad argument, odd as some of these types are.
+    Raises what ``F.group_norm`` raises for a bad argument, odd as some of these types are. A part of a tensor may be
+    smaller than a tensor may.
     """
     _check_input(x)
     shape, dtype, device = x.shape, x.dtype, x.device
@@ -288,7 +299,8 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     batch, channels = shape[0], shape[1]
-    if batch * channels // num_groups * math.prod(shape[2:]) == 1:  # one product: no size is compared by itself
+    # One product: no size is compared by itself.
+    if not in_parts and batch * channels // num_groups * math.prod(shape[2:]) == 1:
         raise ValueError(f"x must have more than 1 value per group, got {list(shape)} and num_groups={num_groups}")
     if channels % num_groups:
         raise RuntimeError(f"num_groups must divide the number of channels of x, got num_groups={num_groups} and shape "
@@ -309,7 +321,8 @@ def checked(x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift
         _check_parameter(scale, "scale", dtype, device, None, (batch, channels))
     if shift is not None:
         _check_parameter(shift, "shift", dtype, device, None, (batch, channels))
-    if not torch.compiler.is_compiling() and 0 in shape:  # torch releases differ in which empty tensors they refuse
+    # Torch releases differ in which empty tensors they refuse.
+    if not in_parts and not torch.compiler.is_compiling() and 0 in shape:
         F.group_norm(x, num_groups, weight, bias, eps)
     return ops.Arguments(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation], pre_bias, scale, shift, out_dtype)
 

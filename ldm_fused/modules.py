@@ -24,12 +24,21 @@ class GroupNormSiLU(nn.GroupNorm):
 
     Arguments, parameters, state dict and errors are those of ``nn.GroupNorm``; input and output are (N, C, \\*), see
     :func:`ldm_fused.group_norm_silu`.
+
+    Attributes:
+        group: a process group over whose ranks the input's trailing axes are cut, as in
+            :func:`ldm_fused.group_norm_act`; by default None.
     """
+
+    group = None
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.silu(F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps))
         else:  # which a script leaves out
+            if self.group is not None:
+                return functional.group_norm_act(input, self.num_groups, self.weight, self.bias, self.eps,
+                                                 group=self.group)
             return functional.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
 
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,11 @@ class Arguments(NamedTuple):
         return False
 
 
+    def needs(self, asked: Sequence[bool]) -> List[bool]:
+        """Which of ``tensors`` need a gradient, of arguments that are each asked for or not."""
+        return [asked[i] and self[i] is not None for i in _PLACES]
+
+
 # Where the arguments stand that have a gradient, in the order of the backward op's outputs.
 _PLACES = tuple(Arguments._fields.index(name) for name in ("x", "weight", "bias", "pre_bias", "scale", "shift"))
 
@@ -204,7 +209,7 @@ def _formula(a: Arguments) -> Tensor:
 
 def dropout_factors(a: Arguments) -> Tensor:
     """What dropout multiplies each element by, in the arithmetic's dtype: the op itself makes these from zeros."""
-    zeros = torch.zeros_like(_dense(a.x), dtype=accumulate_dtype(a.x.dtype))
+    zeros = torch.zeros_like(dense(a.x), dtype=accumulate_dtype(a.x.dtype))
     weight = zeros.new_zeros(a.x.shape[1])
     return below_autograd(group_norm_act, zeros, a.num_groups, weight, torch.ones_like(weight), 1.0, False, None, None,
                           None, None, a.dropout_seed, a.dropout_p)[0]
@@ -237,32 +242,40 @@ def backward(ctx, dy: Tensor, dx_shortcut: Optional[Tensor] = None):
     x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = saved
     num_groups, eps, silu, out_dtype, dropout_p = ctx.constants
     if dropout_seed is not None:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.is_channels_last else x.contiguous()
+        x = laid_out(x, ctx.is_channels_last)
     needs = [asked[i] and t is not None for i, t in zip(_PLACES, saved)]
     if torch.is_grad_enabled() or in_transform():  # the gradients must themselves be differentiable
-        # Views, which nothing else depends on: arguments may depend on each other, be the same, or have hooks.
-        with torch.enable_grad():
-            a = Arguments(*(t.view_as(t) if isinstance(t, Tensor) else t for t in (
-                x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed, dropout_p)))
-            wanted = [t for t, need in zip(a.tensors, needs) if need]
-            found = list(torch.autograd.grad(composed(a), wanted, dy, create_graph=True))
-            if needs[0] and dx_shortcut is not None:
-                found[0] = found[0] + dx_shortcut
+        a = Arguments(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed,
+                      dropout_p)
+        found = composed_gradients(composed, a, dy, needs)
+        if needs[0] and dx_shortcut is not None:
+            found[0] = found[0] + dx_shortcut
     else:
         outputs = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, needs,
                                           dx_shortcut, dropout_seed, dropout_p)
         found = [g for g, need in zip(outputs, needs) if need]
-    return _gradients(needs, found)
+    return gradients(needs, found)
 
 
-def _gradients(needs: List[bool], found: List[Tensor]) -> Tuple[Optional[Tensor], ...]:
+def composed_gradients(compose: Callable, a: Arguments, dy: Tensor, needs: List[bool], *others: Tensor) -> List[Tensor]:
+    """The gradients of those of ``a.tensors`` that are needed, and of ``others``, through ``compose(a, *others)``; they
+    are differentiable."""
+    with torch.enable_grad():
+        # Views, which nothing else depends on: arguments may depend on each other, be the same, or have hooks.
+        a = Arguments(*(t.view_as(t) if isinstance(t, Tensor) else t for t in a))
+        others = [t.view_as(t) for t in others]
+        wanted = [t for t, need in zip(a.tensors, needs) if need] + others
+        return list(torch.autograd.grad(compose(a, *others), wanted, dy, create_graph=True))
+
+
+def gradients(needs: List[bool], found: List[Tensor]) -> Tuple[Optional[Tensor], ...]:
     """What autograd wants: for each argument of the op its gradient among those ``found``, or None."""
-    gradients: List[Optional[Tensor]] = [None] * len(Arguments._fields)
+    every: List[Optional[Tensor]] = [None] * len(Arguments._fields)
     following = iter(found)
     for i, need in zip(_PLACES, needs):
         if need:
-            gradients[i] = next(following)
-    return tuple(gradients)
+            every[i] = next(following)
+    return tuple(every)
 
 
 def below_autograd(op, *arguments):
@@ -299,7 +312,7 @@ class GroupNormActAndShortcut(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dx_shortcut):
         if dy is None:
-            return _gradients([True], [dx_shortcut])
+            return gradients([True], [dx_shortcut])
         return backward(ctx, dy, dx_shortcut)
 
 
@@ -378,14 +391,28 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.dim() >= 3 and x.movedim(1, -1).is_contiguous()
 
 
-def _dense(x: Tensor) -> Tensor:
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """x in one of the two orders that the kernels walk."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
     """x as the kernels walk it: as it is if contiguous or channels_last, else made contiguous."""
     return x if is_channels_last(x) else x.contiguous()
 
 
+def empty_gradients(x: Tensor, parameters, output_mask: List[bool]) -> Tuple[Tensor, ...]:
+    """Of x and of parameters; one that is not wanted has no elements."""
+    def gradient(parameter, wanted):
+        return x.new_empty((0,)) if parameter is None or not wanted else parameter.new_empty(parameter.shape)
+
+    dx = torch.empty_like(dense(x)) if output_mask[0] else x.new_empty((0,))
+    return (dx, *(gradient(p, wanted) for p, wanted in zip(parameters, output_mask[1:])))
+
+
 @torch.library.register_fake(add_op_namespace_prefix("group_norm_act"))
 def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed=None, dropout_p=0.0):
-    y = torch.empty_like(_dense(x), dtype=out_dtype or x.dtype)
+    y = torch.empty_like(dense(x), dtype=out_dtype or x.dtype)
     mean = x.new_empty((x.shape[0], num_groups), dtype=accumulate_dtype(x.dtype))
     return y, mean, torch.empty_like(mean)
 
@@ -393,18 +420,12 @@ def _(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype,
 @torch.library.register_fake(add_op_namespace_prefix("group_norm_act_backward"))
 def _(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut=None, dropout_seed=None,
       dropout_p=0.0):
-    def gradient(parameter, wanted):
-        if parameter is None or not wanted:
-            return x.new_empty((0,))
-        return parameter.new_empty(parameter.shape)
-
-    dx = torch.empty_like(_dense(x)) if output_mask[0] else x.new_empty((0,))
-    return (dx, *(gradient(p, wanted) for p, wanted in zip((weight, bias, pre_bias, scale, shift), output_mask[1:])))
+    return empty_gradients(x, (weight, bias, pre_bias, scale, shift), output_mask)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("bias_add_residual"))
 def _(x, residual, bias, residual_bias, scale):
-    return torch.empty_like(_dense(x))
+    return torch.empty_like(dense(x))
 
 
 @torch.library.register_fake(add_op_namespace_prefix("channel_sums"))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ResnetBlock", "bias_add_residual", "group_norm_act", "swish"]
+__all__ = ["ResnetBlock", "bias_add_residual", "group_norm_act", "group_norm_apply", "group_norm_statistics",
+           "merge_statistics", "swish"]
 
 
 def swish(x: Tensor) -> Tensor:
@@ -21,6 +22,11 @@ def swish(x: Tensor) -> Tensor:
 def per_channel(t: Tensor, x: Tensor) -> Tensor:
     """``t`` of shape (C,) or (N, C), viewed so that it broadcasts over the trailing axes of ``x`` (N, C, *)."""
     return t.reshape(t.shape if t.dim() == 2 else (1, -1)).reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
+
+
+def per_group(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` of shape (N, G), so that it broadcasts over the channels and trailing axes of ``x`` (N, C, *)."""
+    return per_channel(t.repeat_interleave(x.shape[1] // t.shape[1], 1), x)
 
 
 def group_norm_act(
@@ -42,14 +48,60 @@ def group_norm_act(
     (GroupNorm: Wu and He 2018, arXiv:1803.08494).
     """
     h = x if pre_bias is None else x + per_channel(pre_bias, x)
-    h = F.group_norm(h, num_groups, weight, bias, eps)
-    if scale is not None:
-        h = h * (1 + per_channel(scale, x))
-    if shift is not None:
-        h = h + per_channel(shift, x)
-    if activation is not None:
-        h = swish(h)
+    h = _modulated(F.group_norm(h, num_groups, weight, bias, eps), scale, shift, activation)
     return F.dropout(h, dropout_p) if dropout_p else h
+
+
+def _modulated(h: Tensor, scale: Optional[Tensor], shift: Optional[Tensor], activation: Optional[str]) -> Tensor:
+    if scale is not None:
+        h = h * (1 + per_channel(scale, h))
+    if shift is not None:
+        h = h + per_channel(shift, h)
+    return h if activation is None else swish(h)
+
+
+def group_norm_statistics(x: Tensor, num_groups: int, *, pre_bias: Optional[Tensor] = None) -> Tensor:
+    """What :func:`ldm_fused.group_norm_statistics` computes."""
+    h = x if pre_bias is None else x + per_channel(pre_bias, x)
+    h = h.unflatten(1, (num_groups, -1)).flatten(2)
+    mean = h.sum(-1) / max(1, h.shape[-1])
+    m2 = (h - mean[..., None]).square().sum(-1)
+    return torch.stack([torch.full_like(mean, h.shape[-1]), mean, m2])
+
+
+def merge_statistics(statistics: Tensor) -> Tensor:
+    """(3, N, G): count, mean and sum of squared deviations of a whole, from those of its parts, (parts, 3, N, G), in
+    their order (Chan, Golub and LeVeque 1979)."""
+    counts, means, m2s = statistics.unbind(1)
+    counts = counts.detach()
+    count, mean, m2 = counts[0], means[0], m2s[0]
+    for other, other_mean, other_m2 in zip(counts[1:], means[1:], m2s[1:]):
+        share, delta = other / (count + other).clamp(min=1), other_mean - mean
+        mean, m2, count = mean + delta * share, m2 + other_m2 + delta * delta * share * count, count + other
+    return torch.stack([count, mean, m2])
+
+
+def group_norm_apply(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    *,
+    activation: Optional[str] = "silu",
+    pre_bias: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+) -> Tensor:
+    """What :func:`ldm_fused.group_norm_apply` computes, with the same arguments."""
+    count, mean, m2 = merge_statistics(statistics if statistics.dim() == 4 else statistics[None])
+    h = x if pre_bias is None else x + per_channel(pre_bias, x)
+    h = (h - per_group(mean, x)) * per_group((m2 / count.clamp(min=1) + eps).rsqrt(), x)
+    if weight is not None:
+        h = h * per_channel(weight, x)
+    if bias is not None:
+        h = h + per_channel(bias, x)
+    return _modulated(h, scale, shift, activation)
 
 
 def bias_add_residual(

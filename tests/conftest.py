@@ -42,10 +42,12 @@ def kernels(request):
 
     "emulated" are those of CUDA, launchers and kernels, run on the CPU.
     """
-    ops = emulated if request.param == "emulated" else ldm_fused.ops
+    ops, halves = (emulated, emulated) if request.param == "emulated" else (ldm_fused.ops, ldm_fused.halves)
     return SimpleNamespace(name=request.param, device=cuda() if request.param == "cuda" else "cpu",
                            forward=ops.group_norm_act, backward=ops.group_norm_act_backward,
-                           bias_add_residual=ops.bias_add_residual, channel_sums=ops.channel_sums)
+                           bias_add_residual=ops.bias_add_residual, channel_sums=ops.channel_sums,
+                           **{name: getattr(halves, f"group_norm_{name}") for name in
+                              ("statistics", "apply", "backward_sums", "backward_apply")})
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from emulator import build
 
-from ldm_fused import ops
+import ldm_fused  # noqa: F401 - it registers the operators
 
 DEVICES = {  # from NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities
     "H200": dict(multiprocessors=132, major=9, minor=0, l2_bytes=50 << 20, shared_per_multiprocessor=228 << 10,
@@ -37,9 +37,10 @@ _copies = itertools.count(1)
 _current = _default
 _schemas = torch.library.Library("ldm_fused_emulated", "DEF")
 _operators = ("group_norm_act", "group_norm_act_inference", "group_norm_act_backward", "bias_add_residual",
-              "channel_sums")
+              "channel_sums", "group_norm_statistics", "group_norm_apply", "group_norm_backward_sums",
+              "group_norm_backward_apply")
 for _name in _operators:
-    _schemas.define(str(getattr(ops, _name)._schema).removeprefix("ldm_fused::"))
+    _schemas.define(str(getattr(torch.ops.ldm_fused, _name).default._schema).removeprefix("ldm_fused::"))
 
 
 class _Library:

@@ -61,7 +61,7 @@ RESIDENT = {
     r"resident_backward<.+, \d+, (true|false), true>": (6, 2, 7),
 }
 # These see only partial results and parameters.
-SMALL = r"merge_statistics|merge_sums|merge_channel_sums|parameter_gradients"
+SMALL = r"merge_statistics|merge_parts|merge_sums|merge_channel_sums|parameter_gradients"
 
 WIDE = 16  # bytes
 MOST_KERNELS = 220  # each costs a third of a second of nvcc and 50 KB, for every architecture

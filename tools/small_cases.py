@@ -82,6 +82,19 @@ def run(case, dropout=()):
     return {"y": y, **dict(zip(GRADIENTS, gradients))}
 
 
+def run_in_halves(case):
+    """The same from the op's two halves, forward and backward, with all of x as the one part."""
+    parts = torch.ops.ldm_fused.group_norm_statistics(case.x, case.num_groups, case.pre_bias)[None]
+    _, _, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype = case.arguments()
+    y, mean, rstd = torch.ops.ldm_fused.group_norm_apply(case.x, parts, weight, bias, eps, silu, pre_bias, scale, shift,
+                                                         out_dtype)
+    affine = weight, bias, silu, pre_bias, scale, shift
+    sums = torch.ops.ldm_fused.group_norm_backward_sums(case.dy, case.x, mean, rstd, *affine)
+    gradients = torch.ops.ldm_fused.group_norm_backward_apply(case.dy, case.x, mean, rstd, *sums, *affine,
+                                                              [True] * len(GRADIENTS))
+    return {"y": y, **dict(zip(GRADIENTS, gradients))}
+
+
 def check_dropout(case, moved):
     """The CPU's kernels drop the same elements."""
     seed = torch.tensor([1234567890123456789])
@@ -111,6 +124,7 @@ def run_all(device, shapes=SHAPES, every_pair=False):
         for offset in (0, 1) if case.x.numel() < LARGE[0] else (0,):  # one off, there are no aligned vectors
             moved = on(device, case, offset)
             assert_within_bound(case, run(moved), expected, baseline)
+            assert_within_bound(case, run_in_halves(moved), expected, baseline)
             check_residual(moved)
             check_dropout(case, moved)
             count += 1

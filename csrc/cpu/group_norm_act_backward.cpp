@@ -1,7 +1,7 @@
 // group_norm_act_backward on the CPU.
 //
 // Memory passes: x and dy are walked twice, as the forward pass walks x. The first walk keeps dz where a cache holds
-// it, so that the second one has no exponential to compute.
+// it, so that the second one has no exponential to compute. Of a tensor that is cut in parts, each half is one walk.
 
 #include <algorithm>
 #include <type_traits>
@@ -26,14 +26,18 @@ struct Backward {
   X* dx = static_cast<X*>(args.dx);
   const A *mean = static_cast<const A*>(args.mean), *rstd = static_cast<const A*>(args.rstd);
   const Channels<A> channels{shape, args.affine};
-  Buffer<A> totals{3 * shape.rows()};  // the members of GradientSums, each an array over all channels of all samples
-  A *dz = totals.data(), *dz_x = dz + shape.rows(), *sum_x = dz_x + shape.rows();
-  Buffer<Projection<A>> projections{shape.batch * shape.groups};
+  // The members of GradientSums, each an array over all channels of all samples.
+  const Buffer<A> own_totals{args.totals ? 0 : args.sums * shape.rows()};
+  A* dz = args.totals ? static_cast<A*>(args.totals) : own_totals.data();
+  A *dz_x = dz + shape.rows(), *sum_x = args.sums == 3 ? dz_x + shape.rows() : nullptr;
+  const Buffer<Projection<A>> own_projections{args.projections ? 0 : shape.batch * shape.groups};
+  Projection<A>* projections =
+      args.projections ? static_cast<Projection<A>*>(args.projections) : own_projections.data();
   const Kernels<X, Y>& kernel = kernels<X, Y>();
 
   // Where dz of a part lies between the passes, if it stays in a cache: in dx where the types agree, else in scratch
   // memory. Computing it again costs the exponential and the division a second time.
-  bool keeps_dz(int64_t part_elements) const { return dx && args.silu && part_elements <= kKept; }
+  bool keeps_dz(int64_t part_elements) const { return dx && !args.has_sums && args.silu && part_elements <= kKept; }
   int64_t scratch(int64_t part_elements) const {
     return keeps_dz(part_elements) && !std::is_same_v<X, A> ? part_elements : 0;
   }
@@ -79,7 +83,8 @@ struct Backward {
       return channels.group(n, c, mean[group], rstd[group]);
     };
     two_passes<A>(
-        {shape.batch * shape.groups, group_size, tiles.count, dx ? tiles.count : 0, scratch(group_size)},
+        {shape.batch * shape.groups, group_size, args.has_sums ? 0 : tiles.count, dx ? tiles.count : 0,
+         scratch(group_size)},
         [&](int64_t group, int64_t unit, A* scratch) {
           const Tiles::Tile tile = tiles[unit];
           const int64_t at = group * group_size + tile.at;
@@ -91,12 +96,13 @@ struct Backward {
           if (args.sums == 3) kernel.rows_sum_x(x + at, tile.rows, maps(group, tile), sums);
         },
         [&](int64_t group) {
+          if (args.has_sums) return;
           for (int64_t row = group * in_group; row < (group + 1) * in_group; ++row) {
             GradientSums<double> sum = partials[row];
             for (int64_t k = 1; k < tiles.pieces.count; ++k) sum.merge(partials[k * shape.rows() + row]);
             dz[row] = A(sum.dz);
             dz_x[row] = A(sum.dz_x);
-            sum_x[row] = A(sum.x);
+            if (sum_x) sum_x[row] = A(sum.x);
           }
           project(group / shape.groups, group % shape.groups);
         },
@@ -127,7 +133,8 @@ struct Backward {
                   std::is_same_v<X, A> ? in_sample : in_sample - bundles.channel(part));
     };
     two_passes<A>(
-        {shape.batch * bundles.count, bundles.elements(), chunks, dx ? chunks : 0, scratch(sample_size)},
+        {shape.batch * bundles.count, bundles.elements(), args.has_sums ? 0 : chunks, dx ? chunks : 0,
+         scratch(sample_size)},
         [&](int64_t part, int64_t k, A* scratch) {
           const int64_t n = bundles.sample(part), c0 = bundles.channel(part);
           const int64_t at = n * sample_size + bundles.at(part, k);
@@ -144,7 +151,7 @@ struct Backward {
           const int64_t n = bundles.sample(part), c0 = bundles.channel(part), all = bundles.channels(part);
           A* const totals_of[] = {dz, dz_x, sum_x};
           std::vector<double> sums(all);
-          for (int64_t i = 0; i < args.sums; ++i) {
+          for (int64_t i = 0; i < args.sums && !args.has_sums; ++i) {
             std::fill(sums.begin(), sums.end(), 0);
             for (int64_t k = 0; k < chunks; ++k) {
               const A* partial = partials.data() + (3 * (n * chunks + k) + i) * shape.channels + c0;
@@ -153,7 +160,7 @@ struct Backward {
             std::copy(sums.begin(), sums.end(), totals_of[i] + n * shape.channels + c0);
           }
           for (int64_t g = c0 / in_group; g < (c0 + all) / in_group; ++g) {
-            project(n, g);
+            if (!args.has_sums) project(n, g);
             const Projection<A>& projection = projections[n * shape.groups + g];
             std::fill_n(k1.data() + n * shape.channels + g * in_group, in_group, projection.k1);
             std::fill_n(k2.data() + n * shape.channels + g * in_group, in_group, projection.k2);
@@ -194,7 +201,7 @@ struct Backward {
                 sums[c - first].bias += dz[row];
               } else {
                 sums[c - first].add(affine, gradients, shape, n, c, rstd[group], projections[group],
-                                    {dz[row], dz_x[row], sum_x[row]});
+                                    {dz[row], dz_x[row], sum_x ? sum_x[row] : A(0)});
               }
             }
           }
@@ -205,15 +212,21 @@ struct Backward {
   }
 };
 
-void run_backward(const BackwardCall& call) {
-  dispatch_pair(call.args.x_dtype, call.args.dy_dtype, [&](auto x_type, auto dy_type) {
-    Backward<decltype(x_type), decltype(dy_type)> backward{call.args};
-    call.args.shape.walks_columns() ? backward.columns() : backward.rows();
+void run(const BackwardArgs& args) {
+  dispatch_pair(args.x_dtype, args.dy_dtype, [&](auto x_type, auto dy_type) {
+    Backward<decltype(x_type), decltype(dy_type)> backward{args};
+    args.shape.walks_columns() ? backward.columns() : backward.rows();
     backward.parameters();
   });
 }
 
+void run_backward(const BackwardCall& call) { run(call.args); }
+void run_sums(const SumsCall& call) { run(call.args); }
+void run_gradients(const GradientsCall& call) { run(call.args); }
+
 constexpr auto backward_op = &group_norm_act_backward<NoGuard, run_backward>;
+constexpr auto sums_op = &group_norm_backward_sums<NoGuard, run_sums>;
+constexpr auto gradients_op = &group_norm_backward_apply<NoGuard, run_gradients>;
 
 }  // namespace
 }  // namespace cpu
@@ -221,4 +234,6 @@ constexpr auto backward_op = &group_norm_act_backward<NoGuard, run_backward>;
 
 STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cpu::backward_op));
+  m.impl("group_norm_backward_sums", TORCH_BOX(ldm_fused::cpu::sums_op));
+  m.impl("group_norm_backward_apply", TORCH_BOX(ldm_fused::cpu::gradients_op));
 }

@@ -1,4 +1,4 @@
-// group_norm_act and its backward on CUDA: plan, launch, register.
+// group_norm_act, its backward, and the halves of both on CUDA: plan, launch, register.
 #include <cstdlib>
 #include <cstring>
 
@@ -87,25 +87,71 @@ void run_forward(const ForwardCall& call) {
   });
 }
 
+bool are_aligned(const BackwardArgs& args) {
+  return is_aligned(args.x) && is_aligned(args.dy) && is_aligned(args.shortcut);
+}
+
 void run_backward(const BackwardCall& call) {
   const BackwardArgs& args = call.args;
   const int ordinal = call.x.get_device_index();
-  const bool aligned = is_aligned(args.x) && is_aligned(args.dy) && is_aligned(args.shortcut);
   launch_what_fits(ordinal, "group_norm_act_backward", [&](const Device& device) {
-    const Plan plan = plan_backward(args.shape, args.x_dtype, args.dy_dtype, aligned, args.affine.bytes_per_channel(),
-                                    args.sums, args.shortcut != nullptr, device);
+    const Plan plan = plan_backward(args.shape, args.x_dtype, args.dy_dtype, are_aligned(args),
+                                    args.affine.bytes_per_channel(), args.sums, args.shortcut != nullptr, device);
     const Workspace partials(partials_of(plan, args.shape, args.sums, args.sums), call.x);
     const Workspace totals(totals_of(plan, args), call.x), projections(projections_of(plan, args), call.x);
-    const BackwardParams params{args,        partials.data(), totals.data(),  projections.data(),
-                                plan.reduce, plan.apply,      plan.residence, ordinal};
+    BackwardParams params{args, partials.data(), plan.reduce, plan.apply, plan.residence, ordinal};
+    params.totals = totals.data();
+    params.projections = projections.data();
     const auto launch = plan.resident ? launch_resident_backward : launch_two_pass_backward;
     return std::pair(plan, launch(params, current_stream(call.x)));
   });
 }
 
+// The halves: each is one of the two passes, whatever fits.
+
+void run_statistics(const StatisticsCall& call) {
+  const ForwardArgs& args = call.args;
+  const int ordinal = call.x.get_device_index();
+  const Streaming plan = plan_statistics(args.shape, args.x_dtype, is_aligned(args.x), device_of(ordinal));
+  const Workspace partials(2 * partials_of(args.shape, plan.tiling), call.x);
+  check(launch_statistics({args, partials.data(), plan.tiling, {}, {}, ordinal}, current_stream(call.x)),
+        "group_norm_statistics");
+}
+
+void run_apply(const ApplyCall& call) {
+  const ForwardArgs& args = call.args;
+  const int ordinal = call.x.get_device_index();
+  const Streaming plan = plan_apply(args.shape, args.x_dtype, args.y_dtype, is_aligned(args.x),
+                                    args.affine.bytes_per_channel(), device_of(ordinal));
+  check(launch_apply({args, nullptr, {}, plan.tiling, {}, ordinal}, current_stream(call.x)), "group_norm_apply");
+}
+
+void run_sums(const SumsCall& call) {
+  const BackwardArgs& args = call.args;
+  const int ordinal = call.x.get_device_index();
+  const Streaming plan = plan_sums(args.shape, args.x_dtype, args.dy_dtype, are_aligned(args),
+                                   args.affine.bytes_per_channel(), args.sums, device_of(ordinal));
+  const Workspace partials(args.sums * partials_of(args.shape, plan.tiling), call.x);
+  check(launch_sums({args, partials.data(), plan.tiling, {}, {}, ordinal}, current_stream(call.x)),
+        "group_norm_backward_sums");
+}
+
+void run_gradients(const GradientsCall& call) {
+  const BackwardArgs& args = call.args;
+  const int ordinal = call.x.get_device_index();
+  const Streaming plan = plan_gradients(args.shape, args.x_dtype, args.dy_dtype, are_aligned(args),
+                                        args.affine.bytes_per_channel(), args.sums, false, device_of(ordinal));
+  check(launch_gradients({args, nullptr, {}, plan.tiling, {}, ordinal}, current_stream(call.x)),
+        "group_norm_backward_apply");
+}
+
 constexpr auto forward_op = &group_norm_act<Guard, run_forward>;
 constexpr auto inference_op = &group_norm_act_inference<Guard, run_forward>;
 constexpr auto backward_op = &group_norm_act_backward<Guard, run_backward>;
+constexpr auto statistics_op = &group_norm_statistics<Guard, run_statistics>;
+constexpr auto apply_op = &group_norm_apply<Guard, run_apply>;
+constexpr auto sums_op = &group_norm_backward_sums<Guard, run_sums>;
+constexpr auto gradients_op = &group_norm_backward_apply<Guard, run_gradients>;
 
 }  // namespace
 
@@ -118,4 +164,8 @@ STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CUDA, m) {
   m.impl("group_norm_act", TORCH_BOX(ldm_fused::cuda::forward_op));
   m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cuda::inference_op));
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cuda::backward_op));
+  m.impl("group_norm_statistics", TORCH_BOX(ldm_fused::cuda::statistics_op));
+  m.impl("group_norm_apply", TORCH_BOX(ldm_fused::cuda::apply_op));
+  m.impl("group_norm_backward_sums", TORCH_BOX(ldm_fused::cuda::sums_op));
+  m.impl("group_norm_backward_apply", TORCH_BOX(ldm_fused::cuda::gradients_op));
 }

@@ -13,10 +13,8 @@ struct ForwardParams : ForwardArgs {
   int device;            // for the launch
 };
 
-struct BackwardParams : BackwardArgs {
+struct BackwardParams : BackwardArgs {  // where totals or projections are null, nobody needs them
   void* partials;        // workspace: GradientSums of a channel's chunk (two passes), or what blocks exchange (grid)
-  void* totals;          // workspace, (sums, N, C) of A: GradientSums of a channel. Null: not needed
-  void* projections;     // workspace, (N, G) of Projection<A>. Null: not needed
   Tiling reduce, apply;  // two passes
   Residence residence;   // one read
   int device;            // for the launch

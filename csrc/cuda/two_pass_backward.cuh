@@ -4,7 +4,8 @@
 // and the shortcut's gradient, if there is one, once.
 // Nothing of the tensor's size was kept by the forward pass but x itself: the activation is computed again.
 //
-// Three sums a channel (GradientSums) give dx and the gradients of all parameters.
+// Three sums a channel (GradientSums) give dx and the gradients of all parameters. For a tensor that is cut in parts
+// they are launched apart from what follows of them.
 #pragma once
 
 #include "cuda/gradients.cuh"
@@ -141,26 +142,39 @@ __global__ void __launch_bounds__(kThreads) input_gradient_columns(BackwardParam
 
 // ---- Launching ------------------------------------------------------------------------------------------------
 
-// All of the backward pass for a tensor that is not empty, asynchronously on `stream`.
-inline cudaError_t launch_two_pass_backward(const BackwardParams& p, cudaStream_t stream) {
+// All for a tensor that is not empty, asynchronously on `stream`.
+
+inline cudaError_t launch_sums(const BackwardParams& p, cudaStream_t stream) {
   return dispatch_pair(p.x_dtype, p.dy_dtype, [&](auto x_type, auto dy_type) {
     using X = decltype(x_type);
     using Y = decltype(dy_type);
     using A = Accumulate<X>;
     constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-    if (const cudaError_t error =
-            launch_tiled(p.reduce, sizeof(ChannelAffine<A>), p, stream, sums_rows<X, Y, V>, sums_rows<X, Y, 1>,
-                         sums_columns<X, Y, V>, sums_columns<X, Y, 1>)) {
+    if (const cudaError_t error = launch_tiled(p.reduce, sizeof(ChannelAffine<A>), p, stream, sums_rows<X, Y, V>,
+                                               sums_rows<X, Y, 1>, sums_columns<X, Y, V>, sums_columns<X, Y, 1>)) {
       return error;
     }
     const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
-    if (const cudaError_t error = launch(merge_sums<A>, groups, kThreads, stream, p)) return error;
+    return launch(merge_sums<A>, groups, kThreads, stream, p);
+  });
+}
+
+inline cudaError_t launch_gradients(const BackwardParams& p, cudaStream_t stream) {
+  return dispatch_pair(p.x_dtype, p.dy_dtype, [&](auto x_type, auto dy_type) {
+    using X = decltype(x_type);
+    using Y = decltype(dy_type);
+    using A = Accumulate<X>;
+    constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
     if (const cudaError_t error = launch_parameter_gradients<A>(p, stream)) return error;
     if (p.dx == nullptr) return cudaSuccess;
     return launch_tiled(p.apply, sizeof(ChannelGradient<A>), p, stream, input_gradient_rows<X, Y, V>,
-                        input_gradient_rows<X, Y, 1>, input_gradient_columns<X, Y, V>,
-                        input_gradient_columns<X, Y, 1>);
+                        input_gradient_rows<X, Y, 1>, input_gradient_columns<X, Y, V>, input_gradient_columns<X, Y, 1>);
   });
+}
+
+inline cudaError_t launch_two_pass_backward(const BackwardParams& p, cudaStream_t stream) {
+  const cudaError_t error = launch_sums(p, stream);
+  return error ? error : launch_gradients(p, stream);
 }
 
 }  // namespace ldm_fused

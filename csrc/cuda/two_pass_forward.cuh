@@ -2,6 +2,9 @@
 //
 // Memory passes over x: two reads and one write (3 B, where 2 B is the limit; what L2 still holds of the first pass is
 // read from there). Parallel over channels and chunks of them, so that batch 1 with 32 groups fills the chip.
+//
+// For a tensor that is cut in parts the two passes are launched apart: the first leaves the moments of each group, the
+// second begins by merging those of all parts.
 #pragma once
 
 #include "cuda/two_pass.cuh"
@@ -111,6 +114,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) statistics_columns(F
   }
 }
 
+// Writes what is wanted of a group's moments: themselves, or mean and rstd.
+template <class A>
+__device__ __forceinline__ void keep_moments(const ForwardParams& p, int64_t group, const Moments<A>& found) {
+  if (p.moments != nullptr) {
+    const int64_t groups = p.shape.batch * p.shape.groups;
+    A* const moments = static_cast<A*>(p.moments) + group;
+    moments[0] = found.count;
+    moments[groups] = found.mean;
+    moments[2 * groups] = found.m2;
+  } else {
+    static_cast<A*>(p.mean)[group] = found.mean;
+    static_cast<A*>(p.rstd)[group] = A(1) / sqrt(found.m2 / found.count + A(p.eps));
+  }
+}
+
 // A small kernel: a block merges the partial moments of a group's channels and chunks, in a fixed order.
 template <class A>
 __global__ void __launch_bounds__(kThreads) merge_statistics(ForwardParams p) {
@@ -128,10 +146,21 @@ __global__ void __launch_bounds__(kThreads) merge_statistics(ForwardParams p) {
     moments.merge({count, partial[0] - shift + p.affine.pre_bias.load<A>(n, c0 + c, 0), partial[1]});
   }
   moments = team_reduce(moments, blockDim.x);
-  if (threadIdx.x == 0) {
-    static_cast<A*>(p.mean)[blockIdx.x] = moments.mean + shift;
-    static_cast<A*>(p.rstd)[blockIdx.x] = A(1) / sqrt(moments.m2 / moments.count + A(p.eps));
+  moments.mean += shift;
+  if (threadIdx.x == 0) keep_moments(p, blockIdx.x, moments);
+}
+
+// A small kernel: a thread merges the moments of a group's parts in their order.
+template <class A>
+__global__ void __launch_bounds__(kThreads) merge_parts(ForwardParams p) {
+  const int64_t groups = p.shape.batch * p.shape.groups, group = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (group >= groups) return;
+  const A* part = static_cast<const A*>(p.parts) + group;
+  Moments<A> moments{};
+  for (int64_t k = 0; k < p.part_count; ++k, part += 3 * groups) {
+    moments.merge({part[0], part[groups], part[2 * groups]});
   }
+  keep_moments(p, group, moments);
 }
 
 // Reads x once, writes y once.
@@ -174,23 +203,41 @@ __global__ void __launch_bounds__(kThreads) apply_columns(ForwardParams p) {
 
 // ---- Launching ------------------------------------------------------------------------------------------------
 
-// All of the forward pass for a tensor that is not empty, asynchronously on `stream`.
-inline cudaError_t launch_two_pass_forward(const ForwardParams& p, cudaStream_t stream) {
+// All for a tensor that is not empty, asynchronously on `stream`.
+
+inline cudaError_t launch_statistics(const ForwardParams& p, cudaStream_t stream) {
+  return dispatch_pair(p.x_dtype, p.x_dtype, [&](auto x_type, auto) {
+    using X = decltype(x_type);
+    using A = Accumulate<X>;
+    constexpr int V = vector_of(sizeof(X));
+    if (const cudaError_t error =
+            launch_tiled(p.reduce, sizeof(A), p, stream, statistics_rows<X, V>, statistics_rows<X, 1>,
+                         statistics_columns<X, V>, statistics_columns<X, 1>)) {
+      return error;
+    }
+    const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
+    return launch(merge_statistics<A>, groups, kThreads, stream, p);
+  });
+}
+
+inline cudaError_t launch_apply(const ForwardParams& p, cudaStream_t stream) {
   return dispatch_pair(p.x_dtype, p.y_dtype, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
     using A = Accumulate<X>;
-    constexpr int V = vector_of(sizeof(X)), W = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
-    if (const cudaError_t error = launch_tiled(p.reduce, sizeof(A), p, stream, statistics_rows<X, V>,
-                                               statistics_rows<X, 1>, statistics_columns<X, V>,
-                                               statistics_columns<X, 1>)) {
-      return error;
+    constexpr int V = vector_of(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+    if (p.parts != nullptr) {
+      const dim3 blocks(unsigned(ceil_div(p.shape.batch * p.shape.groups, kThreads)));
+      if (const cudaError_t error = launch(merge_parts<A>, blocks, kThreads, stream, p)) return error;
     }
-    const dim3 groups(unsigned(p.shape.batch * p.shape.groups));
-    if (const cudaError_t error = launch(merge_statistics<A>, groups, kThreads, stream, p)) return error;
-    return launch_tiled(p.apply, sizeof(ChannelAffine<A>), p, stream, apply_rows<X, Y, W>, apply_rows<X, Y, 1>,
-                        apply_columns<X, Y, W>, apply_columns<X, Y, 1>);
+    return launch_tiled(p.apply, sizeof(ChannelAffine<A>), p, stream, apply_rows<X, Y, V>, apply_rows<X, Y, 1>,
+                        apply_columns<X, Y, V>, apply_columns<X, Y, 1>);
   });
+}
+
+inline cudaError_t launch_two_pass_forward(const ForwardParams& p, cudaStream_t stream) {
+  const cudaError_t error = launch_statistics(p, stream);
+  return error ? error : launch_apply(p, stream);
 }
 
 }  // namespace ldm_fused

@@ -67,7 +67,7 @@ def planned(case, aligned):
     for name, plan in (("residual", emulated.plan_residual(x)), ("channel_sums", emulated.plan_channel_sums(x))):
         vector = plan["tiling"]["vector"] if aligned else 1
         found.append(f"{name}_{way(plan['tiling'])}<{NAMES[x.dtype]}, {vector}")
-    return [*found, f"parameter_gradients<{wide}", f"merge_channel_sums<{wide}"]
+    return [*found, f"merge_parts<{wide}", f"parameter_gradients<{wide}", f"merge_channel_sums<{wide}"]
 
 
 @pytest.mark.parametrize("device", emulated.DEVICES)
