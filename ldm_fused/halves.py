@@ -121,7 +121,8 @@ def _statistics_gradient(a: ops.Arguments, statistics: Tensor, mean: Tensor, rst
     return torch.stack([torch.zeros_like(dmeans), dmeans, dm2.expand_as(dmeans)], 1)
 
 
-torch.library.register_autograd(_ops.add_op_namespace_prefix("group_norm_apply"), _apply_backward, setup_context=_apply_setup)
+torch.library.register_autograd(_ops.add_op_namespace_prefix("group_norm_apply"), _apply_backward,
+                                setup_context=_apply_setup)
 
 
 # ---- Fake kernels ----------------------------------------------------------------------------------------------
