@@ -6,6 +6,7 @@ makes the one build for this machine and this torch's backend, as ``kernels.get_
 docs/hf_kernel.md says what only kernel-builder does.
 """
 
+import ast
 import base64
 import hashlib
 import importlib.util
@@ -42,11 +43,24 @@ def project():
     own, sources = ROOT / "hf_kernel", ROOT / "csrc"
     files = {str(path.relative_to(own)): path.read_bytes() for path in _files(own)}
     files.update((str(path.relative_to(ROOT)), path.read_bytes()) for path in _files(sources))
-    files.update((f"{PACKAGE}{name}.py", (ROOT / "ldm_fused" / f"{name}.py").read_bytes()) for name in SHARED)
+    _add_imported(files, [name for name in files if name.startswith(PACKAGE)])
     files["LICENSE"] = (ROOT / "LICENSE").read_bytes()
     files["build.toml"] = re.sub(rb'"(csrc/[^"]*)"', lambda pattern: _expanded(pattern[1].decode(), files),
                                  files["build.toml"])
     return files
+
+
+def _add_imported(files, importing):
+    """Adds the files of ldm_fused that the package's files import, and those that these import."""
+    for name in importing:
+        for node in ast.walk(ast.parse(files[name])):
+            if not isinstance(node, ast.ImportFrom) or node.level != 1:
+                continue
+            for module in [node.module] if node.module else [alias.name for alias in node.names]:
+                path, added = ROOT / "ldm_fused" / f"{module}.py", f"{PACKAGE}{module}.py"
+                if added not in files and module != "_ops" and path.exists():  # the build writes _ops.py
+                    files[added] = path.read_bytes()
+                    _add_imported(files, [added])
 
 
 def _files(folder):
