@@ -136,7 +136,7 @@ endif
 .venv-torch-%/ready:
 	@python3 -m venv .venv-torch-$*
 	@tools/quietly 'torch $* into .venv-torch-$*' .venv-torch-$*/bin/python -m pip install -q 'torch==$*.*' \
-	    numpy pytest
+	    numpy pybind11 pytest
 	@touch $@
 
 clean: ## remove what was built (the .venv* stay)
