@@ -112,7 +112,7 @@ def group_norm_act_as(out_dtype: Optional[torch.dtype], x, num_groups, weight, b
     """:func:`group_norm_act`, but it stores in ``out_dtype`` (None: x's dtype), whatever autocast would do."""
     a = readers.untraced(checked, x, num_groups, weight, bias, eps, activation, pre_bias, scale, shift, out_dtype,
                          group is not None)
-    op = ops.GROUP_NORM_ACT if group is None else sharded.op(group)
+    op = ops.GROUP_NORM_ACT if group is None else sharded.op(group, a)
     if dropout_p == 0.0:
         return route(op, a)
     p = _number(dropout_p, "dropout_p")

@@ -80,7 +80,7 @@ def _is_composed(x: Tensor) -> bool:
     if not functional.has_kernels(x):
         functional.warn_without_kernels(x.device)
         return True
-    return ops.in_transform() or readers.is_sharded(x) or readers.to_onnx() or decided(readers.is_off)
+    return ops.in_transform() or readers.are_sharded((x,)) or readers.to_onnx() or decided(readers.is_off)
 
 
 def _castable(x, *parameters):

@@ -15,8 +15,13 @@ from torch import Tensor
 from . import halves, ops, readers
 
 
-def op(group) -> ops.Op:
-    """Ways to the op for parts on the ranks of ``group``, as of the op for a whole tensor."""
+def op(group, a: ops.Arguments) -> ops.Op:
+    """Ways to the op for parts on the ranks of ``group``, as of the op for a whole tensor.
+
+    Raises TypeError for a DTensor, which knows of other ranks itself.
+    """
+    if readers.are_sharded(a):
+        raise TypeError("group is for the part that a rank has, and x is a DTensor: give its to_local()")
     return ops.Op(partial(_composed, group), partial(_composed, group), partial(_registered, group),
                   SimpleNamespace(apply=partial(GroupNormAct.apply, group)))
 
@@ -73,8 +78,6 @@ def gather(t: Tensor, group) -> Tensor:
 
 
 def _composed(group, a: ops.Arguments) -> Tensor:
-    if readers.is_sharded(a.x):
-        raise TypeError("group is for the part that a rank has, and x is a DTensor: give its to_local()")
     statistics = halves.composed_statistics(a.x, a.num_groups, a.pre_bias)
     return halves.composed_apply(a, AllGather.apply(group, statistics))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulator import build
 from oracle import GRADIENTS, assert_within_bound, laid_out, make_case
-from test_cuda_kernels import DEVICES
+from test_cuda_kernels import SMALL_DEVICES
 
 import ldm_fused
 from ldm_fused import halves, ops, reference
@@ -144,7 +144,7 @@ def test_parts_have_the_same_bits_for_any_number_of_threads(layout):
 def test_halves_have_the_same_bits_in_every_thread_order(name, layout):
     case = make_case((2, 20, 9, 7), 2, layout=layout)
     kernels = on_the_cpu(emulated)
-    with emulated.device({**DEVICES, "default": emulated.SMALL}[name]):
+    with emulated.device({**SMALL_DEVICES, "default": emulated.SMALL}[name]):
         first = run(kernels, case, (5, 4), layout)
         with emulated.order("random", 1):
             other = run(kernels, case, (5, 4), layout)
@@ -155,14 +155,14 @@ def test_halves_have_the_same_bits_in_every_thread_order(name, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_halves_move_what_two_passes_are_planned_to(layout):
     case = make_case((1, 32, 48, 64), 4, layout=layout, options=("weight", "bias"))
-    with emulated.device(DEVICES["no shared memory"]), emulated.traffic() as launches:
+    with emulated.device(SMALL_DEVICES["no shared memory"]), emulated.traffic() as launches:
         statistics = emulated.group_norm_statistics(case.x, 4)
         _, mean, rstd = emulated.group_norm_apply(case.x, statistics[None], case.weight, case.bias, 1e-5, True, None,
                                                   None, None, None)
         affine = case.weight, case.bias, True, None, None, None
         sums = emulated.group_norm_backward_sums(case.dy, case.x, mean, rstd, *affine)
         emulated.group_norm_backward_apply(case.dy, case.x, mean, rstd, *sums, *affine, [True] * 3 + [False] * 3)
-    with emulated.device(DEVICES["no shared memory"]):
+    with emulated.device(SMALL_DEVICES["no shared memory"]):
         plans = [plan(case.x, 4, parameter_bytes=8) for plan in (emulated.plan_forward, emulated.plan_backward)]
     for key in ("bytes_read", "bytes_written"):
         planned = sum(plan[key] for plan in plans)

@@ -36,11 +36,11 @@ QUICK = (
 )
 # The files of a run, and which of their tests: not what needs 14 GiB, nor what looks at the machine code, which is
 # another one here, nor what the emulator has to watch, nor what PyTorch compiles.
-CPU = (["test_kernels", "test_residual", "test_dropout", "test_errors", "test_build"],
+CPU = (["test_kernels", "test_residual", "test_dropout", "test_parts", "test_errors", "test_build"],
        "not [emulated and not [cuda and not every_tier and not 2_to_the_31 and not newer_instructions and not as_planned "
        "and not fullgraph and not opcheck and not export")
 KERNELS = (["test_kernels"], CPU[1])
-EMULATED = (["test_kernels", "test_residual", "test_dropout", "test_cuda_kernels"],
+EMULATED = (["test_kernels", "test_residual", "test_dropout", "test_parts", "test_cuda_kernels"],
             "not [cpu and not [cuda and not workload and not thread_order and not as_planned and not float16 "
             "and not all_parameters")
 ALL_EMULATED = ([*EMULATED[0], "test_emulator"], EMULATED[1].partition(" and not float16")[0])
