@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "decode_across_devices.py"
-sys.path.append(str(EXAMPLE.parent))
+sys.path += [str(EXAMPLE.parent), str(ROOT / "tests")]  # patched.py is there
 
 import decode_across_devices as example  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
-from support import randomize  # noqa: E402
+from patched import randomize  # noqa: E402
 
 WORLDS = (1, 2, 4)
 HEIGHTS = (16, 9)  # of the latent: two parts and four are of one size, or not
