@@ -153,7 +153,7 @@ def test_halves_have_the_same_bits_in_every_thread_order(name, layout):
 
 @pytest.mark.skipif(not build.watches(), reason="AddressSanitizer takes the place of the emulator's own watch")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_halves_move_what_two_passes_are_planned_to(layout):
+def test_halves_move_bytes_as_planned(layout):
     case = make_case((1, 32, 48, 64), 4, layout=layout, options=("weight", "bias"))
     with emulated.device(SMALL_DEVICES["no shared memory"]), emulated.traffic() as launches:
         statistics = emulated.group_norm_statistics(case.x, 4)
