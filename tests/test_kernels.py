@@ -106,7 +106,7 @@ def test_pre_bias_of_one_sample_for_all(kernels, layout):
     assert_within_bound(case, run(kernels, case))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_parameters_beside_a_16_bit_input(kernels, dtype):
     case = make_case((2, 20, 9, 4), 2, dtype, parameter_dtype=torch.float32)
     assert_within_bound(case, run(kernels, case))

@@ -69,7 +69,7 @@ def test_optional_biases(kernels, biases, layout):
     assert_rounded_once(y, oracle(*arguments, 1.0), 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_biases_beside_16_bits(kernels, dtype):
     arguments = make((2, 20, 9, 4), dtype, bias_dtype=torch.float32)
     y = kernels.bias_add_residual(*on(kernels.device, *arguments), 1.0)
