@@ -5,7 +5,6 @@ parts in it: statistics (parts, 3, N, G), count, mean and sum of squared deviati
 the input gradient takes from the whole group.
 """
 
-from contextlib import nullcontext
 from typing import Optional, Tuple
 
 import torch
@@ -22,13 +21,9 @@ group_norm_backward_apply = _ops.ops.group_norm_backward_apply.default
 # ---- Composed of PyTorch ops -----------------------------------------------------------------------------------
 
 
-def _without_autocast(x: Tensor):
-    return torch.autocast(x.device.type, enabled=False) if ops.has_autocast(x.device.type) else nullcontext()
-
-
 def composed_statistics(x: Tensor, num_groups: int, pre_bias: Optional[Tensor]) -> Tensor:
     dtype = ops.accumulate_dtype(x.dtype)
-    with _without_autocast(x):
+    with ops.without_autocast(x.device.type):
         return reference.group_norm_statistics(x.to(dtype), num_groups,
                                                pre_bias=None if pre_bias is None else pre_bias.to(dtype))
 
@@ -37,7 +32,7 @@ def composed_apply(a: ops.Arguments, statistics: Tensor) -> Tensor:
     """Of checked arguments, whose number of groups is the statistics'."""
     dtype = ops.accumulate_dtype(a.x.dtype)
     x, weight, bias, pre_bias, scale, shift = (t if t is None else t.to(dtype) for t in a.tensors)
-    with _without_autocast(x):
+    with ops.without_autocast(x.device.type):
         y = reference.group_norm_apply(x, statistics, weight, bias, a.eps, activation="silu" if a.silu else None,
                                        pre_bias=pre_bias, scale=scale, shift=shift)
         if a.dropout_seed is not None:

@@ -108,7 +108,7 @@ def has_cuda_code(index: int) -> bool:
     return found
 
 
-# What torch.compiler.assume_constant_result does, which imports torch._dynamo: as long as torch itself takes.
+# What torch.compiler.assume_constant_result does. That imports torch._dynamo, which nothing else here needs.
 has_cuda_code._dynamo_marked_constant = True
 
 
@@ -145,7 +145,6 @@ class Arguments(NamedTuple):
             if t is not None and t.requires_grad:
                 return True
         return False
-
 
     def needs(self, asked: Sequence[bool]) -> List[bool]:
         """Which of ``tensors`` need a gradient, of arguments that are each asked for or not."""
@@ -184,8 +183,7 @@ def composed(a: Arguments) -> Tensor:
     x, weight, bias, pre_bias, scale, shift = (t if t is None else t.to(dtype) for t in a.tensors)
     if weight is None and bias is not None:  # F.group_norm's backward fails on a bias without a weight
         weight = torch.ones_like(bias)
-    device_type = a.x.device.type
-    with torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext():
+    with without_autocast(a.x.device.type):
         y = reference.group_norm_act(x, a.num_groups, weight, bias, a.eps, activation="silu" if a.silu else None,
                                      pre_bias=pre_bias, scale=scale, shift=shift)
         if a.dropout_seed is not None:
@@ -215,6 +213,11 @@ def dropout_factors(a: Arguments) -> Tensor:
                           None, None, a.dropout_seed, a.dropout_p)[0]
 
 
+def without_autocast(device_type: str):
+    """A context in which autocast casts nothing."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+
+
 def has_autocast(device_type: str) -> bool:
     """``torch.amp.is_autocast_available``, which torch 2.11 cannot compile, for the devices that there are."""
     return device_type != "meta"
@@ -238,15 +241,13 @@ def save_for_backward(ctx, a: Arguments, mean: Tensor, rstd: Tensor) -> None:
 
 def backward(ctx, dy: Tensor, dx_shortcut: Optional[Tensor] = None):
     """A gradient for each argument of the op that needs one. The shortcut's, ``dx_shortcut``, is added to x's."""
-    saved, asked = ctx.saved_tensors, ctx.needs_input_grad
-    x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = saved
+    x, weight, bias, pre_bias, scale, shift, mean, rstd, dropout_seed = ctx.saved_tensors
     num_groups, eps, silu, out_dtype, dropout_p = ctx.constants
     if dropout_seed is not None:
         x = laid_out(x, ctx.is_channels_last)
-    needs = [asked[i] and t is not None for i, t in zip(_PLACES, saved)]
+    a = Arguments(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed, dropout_p)
+    needs = a.needs(ctx.needs_input_grad)
     if torch.is_grad_enabled() or in_transform():  # the gradients must themselves be differentiable
-        a = Arguments(x, num_groups, weight, bias, eps, silu, pre_bias, scale, shift, out_dtype, dropout_seed,
-                      dropout_p)
         found = composed_gradients(composed, a, dy, needs)
         if needs[0] and dx_shortcut is not None:
             found[0] = found[0] + dx_shortcut
