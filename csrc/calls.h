@@ -311,15 +311,30 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
   return {call.y, call.mean, call.rstd};
 }
 
-// Refuses what functional.checked() in Python does beyond the other op, and empty tensors, which it asks PyTorch about.
+// The ops of the common arguments refuse what functional.checked() in Python does beyond the other op, and empty
+// tensors, which it asks PyTorch about.
+inline void check_unchecked(const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(shape.elements() > shape.batch * shape.groups, "x must have more than 1 value per group");
+  STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
+}
+
+template <class Guard, auto run>
+std::tuple<Tensor, Tensor, Tensor> group_norm_act_training(const Tensor& x, int64_t num_groups,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           double eps, bool silu) {
+  const Guard guard(x);
+  const ForwardCall call(x, num_groups, weight, bias, eps, silu, {}, {}, {}, {}, {}, 0, true);
+  check_unchecked(call.args.shape, weight, bias);
+  run(call);
+  return {call.y, call.mean, call.rstd};
+}
+
 template <class Guard, auto run>
 Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
                                 const OptionalTensor& bias, double eps, bool silu) {
   const Guard guard(x);
   const ForwardCall call(x, num_groups, weight, bias, eps, silu, {}, {}, {}, {}, {}, 0, false);
-  const Shape& shape = call.args.shape;
-  STD_TORCH_CHECK(shape.elements() > shape.batch * shape.groups, "x must have more than 1 value per group");
-  STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
+  check_unchecked(call.args.shape, weight, bias);
   run(call);
   return call.y;
 }

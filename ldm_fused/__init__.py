@@ -5,7 +5,7 @@ import torch
 from . import ops, reference
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
 from .modules import FusedResnetBlock, GroupNormSiLU, UnsupportedBlock
-from .ops import limit_multiprocessors
+from .multiprocessors import limit_multiprocessors
 from .parts import group_norm_apply, group_norm_statistics
 from .patching import Adapter, PatchReport, disabled, is_patched, patch, patched, register_block, register_norm, unpatch
 from .patching.report import report

@@ -43,6 +43,11 @@ def decided(decide: Callable[..., T], *args: Any) -> T:
     return known.made[i] if i < len(known.made) else decide(*args)
 
 
+def has_hooks() -> bool:
+    """Whether hooks on saved tensors are set, as a checkpoint's are."""
+    return _top_hooks(False) is not None
+
+
 def _frame(pack_hook: Callable) -> Tuple[Optional[Any], Any]:
     """The frame of the non-reentrant checkpoint whose hook this is, and which recomputation; else (None, None)."""
     pack_hook = getattr(pack_hook, "_torchdynamo_orig_callable", pack_hook)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops, readers, reference, sharded, sizes
-from .decisions import decided
+from .decisions import decided, has_hooks
 
 __all__ = ["bias_add_residual", "group_norm_act", "group_norm_silu"]
 
@@ -23,6 +23,8 @@ _ACTIVATIONS = {"silu": True, "swish": True, None: False}
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.HAS_CUDA else {"cpu", "meta"})
 # Dropout's kernels decide by 16 bits an element: probabilities nearer to 0 or 1 than this would be met too coarsely.
 _LEAST_DROPOUT = 2.0**-8
+# Elements from which the kernel's time counts, and not what a call costs.
+_LEAST_HANDED_OVER = 2**17
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _warned = set()  # device types
 
@@ -95,7 +97,7 @@ def group_norm_act(
         return handle_torch_function(group_norm_act, tensors, x, num_groups, weight, bias, eps, activation=activation,
                                      pre_bias=pre_bias, scale=scale, shift=shift, dropout_p=dropout_p, group=group)
     if group is None and pre_bias is None and scale is None and shift is None and dropout_p == 0.0:
-        y = _inference(x, num_groups, weight, bias, eps, activation)
+        y = _plain(x, num_groups, weight, bias, eps, activation)
         if y is not None:
             return y
     out_dtype = autocast_dtype(x)
@@ -162,8 +164,8 @@ def route(op: ops.Op, a):
     return ops.below_autograd(op.registered, *a)
 
 
-def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
-    """The op where nothing has to be differentiated and no dtype has to be cast; None elsewhere.
+def _plain(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
+    """The op of plain tensors in eager mode, where nothing looks on and no dtype has to be cast; None elsewhere.
 
     The checks of :func:`checked` cost half as much as a small GroupNorm. So here the op itself refuses whatever they
     would refuse. They run only after that, to say what is wrong.
@@ -176,16 +178,32 @@ def _inference(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]
         return None
     if ops.in_transform() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return None
+    op, silu = ops.group_norm_act_inference, _ACTIVATIONS[activation]
     if torch.is_grad_enabled() and (x.requires_grad or weight is not None and weight.requires_grad
                                     or bias is not None and bias.requires_grad):
-        return None
+        if has_hooks():  # a checkpoint's, perhaps: what is decided here is decided once
+            return None
+        op = ops.PlainGroupNormAct.apply
     try:
-        return ops.group_norm_act_inference(x, num_groups, weight, bias, eps, _ACTIVATIONS[activation])
+        if not silu and _is_pytorchs(x, num_groups, weight, bias):
+            return torch.group_norm(x, num_groups, weight, bias, eps)
+        return op(x, num_groups, weight, bias, eps, silu)
     except RuntimeError:
         checked(x, num_groups, weight, bias, eps, activation, None, None, None, None)
         if x.numel() == 0:  # left to the other op
             return None
         raise
+
+
+def _is_pytorchs(x, num_groups, weight, bias) -> bool:
+    """Whether PyTorch's own kernel takes the place of the op without an activation: on a CPU, in contiguous float32.
+
+    It has nothing to fuse there, and reads, writes and keeps as much. In channels_last it loses digits, and with 16 bits
+    it is the slower one (benchmarks/NOTES.md).
+    """
+    return (x.is_cpu and x.dtype is torch.float32 and x.numel() >= _LEAST_HANDED_OVER and x.is_contiguous()
+            and x.dim() > 1 and x.shape[0] * num_groups < x.numel()  # more than 1 value per group
+            and (weight is None) == (bias is None))  # it cannot differentiate a bias without a weight
 
 
 def _is_plain_cuda(x: Tensor) -> bool:

@@ -28,7 +28,8 @@ except ImportError as error:
 
 group_norm_act = ops.group_norm_act.default
 group_norm_act_backward = ops.group_norm_act_backward.default
-# It has no fake kernel, and so refuses whatever is no plain tensor.
+# These have no fake kernel, and so refuse whatever is no plain tensor.
+group_norm_act_training = ops.group_norm_act_training.default
 group_norm_act_inference = ops.group_norm_act_inference.default
 
 bias_add_residual = ops.bias_add_residual.default
@@ -59,40 +60,6 @@ if os.environ.get("LDM_FUSED_CPU_ISA", "") not in ("", *_C.build_info()["cpu_isa
     raise ImportError(f"LDM_FUSED_CPU_ISA is '{os.environ['LDM_FUSED_CPU_ISA']}', and this processor has "
                       f"{_C.build_info()['cpu_isas'].replace(';', ', ')}.")
 
-
-def limit_multiprocessors(limit: Optional[int]) -> Optional[int]:
-    """Bounds how many multiprocessors CUDA kernels are planned for from now on, on all devices of this process.
-
-    The largest groups are shared by a cooperative grid, which starts when every multiprocessor that it was planned for
-    is free. Under DDP and FSDP, NCCL's kernels occupy some of them until another rank answers. The grid waits for them,
-    and so does whatever waits for the grid. Kernels that are planned for fewer multiprocessors leave room for NCCL's.
-    Results may differ in the last bits from those of another bound, because the order of sums does.
-
-    Args:
-        limit: at least 1: plans use at most so many multiprocessors; 0: all of them, but no grids, and what no block
-            or cluster can hold takes two passes; None: no bound. The environment variable
-            ``LDM_FUSED_MULTIPROCESSORS`` sets the first one.
-
-    Returns:
-        The bound until now.
-
-    Raises:
-        TypeError, ValueError: for anything else.
-    """
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
-        raise TypeError(f"limit must be an int or None, got {limit!r}")
-    if limit is not None and not 0 <= limit < 2**31:
-        raise ValueError(f"limit must be at least 0 and below 2^31, got {limit}")
-    before = _C.limit_multiprocessors(-1 if limit is None else limit)
-    return None if before < 0 else before
-
-
-if os.environ.get("LDM_FUSED_MULTIPROCESSORS"):
-    try:
-        limit_multiprocessors(int(os.environ["LDM_FUSED_MULTIPROCESSORS"]))
-    except ValueError:
-        raise ImportError(f"LDM_FUSED_MULTIPROCESSORS is '{os.environ['LDM_FUSED_MULTIPROCESSORS']}', and must be a "
-                          f"number of multiprocessors, or 0.") from None
 
 _devices_with_code = {}  # by index
 
@@ -297,6 +264,31 @@ class GroupNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return backward(ctx, dy)
+
+
+class PlainGroupNormAct(torch.autograd.Function):
+    """The op of its first six arguments, which are plain tensors, in eager mode. What a small call costs is what is
+    passed, kept and returned."""
+
+    @staticmethod
+    def forward(ctx, x, num_groups, weight, bias, eps, silu):
+        y, mean, rstd = group_norm_act_training(x, num_groups, weight, bias, eps, silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.constants = num_groups, eps, silu
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        num_groups, eps, silu = ctx.constants
+        needs_x, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        needs = [needs_x, needs_weight and weight is not None, needs_bias and bias is not None, False, False, False]
+        if torch.is_grad_enabled() or in_transform():
+            a = Arguments(x, num_groups, weight, bias, eps, silu, None, None, None, None)
+            return gradients(needs, composed_gradients(composed, a, dy, needs))[:6]
+        dx, dweight, dbias, _, _, _ = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, None, None, None,
+                                                              needs)
+        return dx if needs_x else None, None, dweight if needs[1] else None, dbias if needs[2] else None, None, None
 
 
 class GroupNormActAndShortcut(torch.autograd.Function):

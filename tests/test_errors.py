@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ldm_fused
+from ldm_fused import functional
 
 
 def x(*shape, dtype=torch.float32):
@@ -63,6 +64,18 @@ def test_refused_as_by_group_norm(name):
         assert isinstance(ours.value, type(theirs.value)), theirs.value
         message = str(ours.value)
         assert message.startswith(argument) and value in message and ("must" in message), message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_alike_where_pytorchs_kernel_takes_over(name, monkeypatch):
+    monkeypatch.setattr(functional, "_LEAST_HANDED_OVER", 0)
+    arguments, argument, value = REFUSED[name]
+    arguments = arguments()
+    with pytest.raises(Exception) as silu:
+        ldm_fused.group_norm_act(*arguments)
+    with pytest.raises(silu.type) as none:
+        ldm_fused.group_norm_act(*arguments, activation=None)
+    assert str(none.value) == str(silu.value)
 
 
 @pytest.mark.parametrize("num_groups", [0, -1, -4])

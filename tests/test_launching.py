@@ -1,5 +1,6 @@
 """Launching: what the host asks the runtime and allocates, what a device refuses, and plans for a part of a device."""
 
+import contextlib
 
 import emulated
 import pytest
@@ -143,8 +144,10 @@ def test_plans_cost_microseconds():
 def test_inference_gives_the_same_bits_in_every_tier(name, shape, num_groups, layout):
     case = plain_case(shape, num_groups, layout)
     with emulated.device(SMALL_DEVICES[name]):
-        y = inference(case)
-        assert torch.equal(y, forward(case)[0]) and y.stride() == case.x.stride()
+        y, mean, rstd = forward(case)
+        assert torch.equal(inference(case), y) and y.stride() == case.x.stride()
+        arguments = case.x, case.num_groups, case.weight, case.bias, case.eps, case.silu
+        assert all(map(torch.equal, emulated.group_norm_act_training(*arguments), (y, mean, rstd)))
 
 
 @pytest.mark.parametrize("x,num_groups,weight,bias,message", [
@@ -155,18 +158,21 @@ def test_inference_gives_the_same_bits_in_every_tier(name, shape, num_groups, la
     (torch.randn(2, 4, 5), 2, torch.ones(4).double(), None, "weight must have x's dtype"),
     (torch.randn(2, 4, 5).half(), 2, torch.ones(4).half(), torch.ones(4), "bias must have weight's dtype"),
 ])
-@pytest.mark.parametrize("op", [ops.group_norm_act_inference, emulated.group_norm_act_inference], ids=["cpu", "cuda's"])
-def test_inference_refuses_what_python_does(op, x, num_groups, weight, bias, message):
+@pytest.mark.parametrize("device", [ops, emulated], ids=["cpu", "cuda's"])
+@pytest.mark.parametrize("op", ["group_norm_act_training", "group_norm_act_inference"])
+def test_the_ops_of_common_arguments_refuse_what_python_does(op, device, x, num_groups, weight, bias, message):
     with pytest.raises(RuntimeError, match=message):
-        op(x, num_groups, weight, bias, 1e-5, True)
+        getattr(device, op)(x, num_groups, weight, bias, 1e-5, True)
 
 
 def on_fake_cuda(monkeypatch, call, has_code=True):
-    """What call(x) calls the op for inference with, if it does, for an x on a device that is not there."""
+    """What call(x) calls an op of the common arguments with, if it does, for an x on a device that is not there."""
     calls = []
+    plain = type("Plain", (), {"apply": lambda x, *rest: calls.append(("training", *rest)) or x})
     monkeypatch.setattr(functional, "_KERNEL_DEVICES", frozenset({"cpu", "meta", "cuda"}))
     monkeypatch.setattr(ops, "has_cuda_code", lambda index: has_code)
-    monkeypatch.setattr(ops, "group_norm_act_inference", lambda x, *rest: calls.append(rest) or x)
+    monkeypatch.setattr(ops, "group_norm_act_inference", lambda x, *rest: calls.append(("inference", *rest)) or x)
+    monkeypatch.setattr(ops, "PlainGroupNormAct", plain)
     monkeypatch.setattr(functional, "_PLAIN", {FakeTensor})
     monkeypatch.setattr(functional, "route", lambda op, a: a.x)
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)  # as if the mode below were not one
@@ -176,15 +182,23 @@ def on_fake_cuda(monkeypatch, call, has_code=True):
     return calls
 
 
-def test_a_cuda_tensor_takes_the_fast_way_of_a_cpu_tensor(monkeypatch):
-    assert on_fake_cuda(monkeypatch, lambda x: ldm_fused.group_norm_silu(x, 2)) == [(2, None, None, 1e-5, True)]
+@pytest.mark.parametrize("way", ["inference", "training"])
+def test_a_cuda_tensor_takes_the_fast_way_of_a_cpu_tensor(way, monkeypatch):
+    def call(x):
+        return ldm_fused.group_norm_silu(x.requires_grad_(way == "training"), 2)
+
+    assert on_fake_cuda(monkeypatch, call) == [(way, 2, None, None, 1e-5, True)]
 
 
-@pytest.mark.parametrize("reason", ["autocast", "gradients", "dropout", "a device without code"])
+@pytest.mark.parametrize("reason", ["autocast", "hooks", "dropout", "a device without code"])
 def test_a_cuda_tensor_takes_the_long_way_for(reason, monkeypatch):
     def call(x):
-        return ldm_fused.group_norm_act(x.requires_grad_(reason == "gradients"), 2,
-                                        dropout_p=0.5 * (reason == "dropout"))
+        keep = contextlib.nullcontext()
+        if reason == "hooks":  # on what a differentiated call saves
+            x.requires_grad_()
+            keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with keep:
+            return ldm_fused.group_norm_act(x, 2, dropout_p=0.5 * (reason == "dropout"))
 
     torch.set_autocast_enabled("cuda", reason == "autocast")
     try:

@@ -24,8 +24,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "hf-kernel"
 PACKAGE = "torch-ext/ldm_fused/"
-SHARED = ("bypass", "decisions", "diffusers_block", "dtensor", "functional", "halves", "ops", "readers", "reference",
-          "resnet_block", "sharded", "sizes")
 OPS = '''import torch
 
 from . import {name}

@@ -7,7 +7,7 @@ LDM_FUSED_INLINE void add_deviations(const X* x, int64_t stride, int channels, c
   constexpr int W = kLanes<A>;
   int c = 0;
   for (; c + W <= channels; c += W) {
-    prefetch<K>(x + kAhead * stride + c, stride);
+    prefetch_pixels<K>(x + kAhead * stride, stride, c);
     const Vector<A> middle = load(center + c);
     Vector<A> error = load(off + c), square = load(squares + c);
     for (int k = 0; k < K; ++k) {
@@ -64,9 +64,9 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, con
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    prefetch<K>(x + columns.ahead + c, stride);
-    prefetch<K>(x + kAhead * stride + c, stride);
-    prefetch_to_write<K>(y + kAhead / 2 * stride + c, stride);
+    prefetch_pixels<K>(x + columns.ahead, stride, c);
+    prefetch_pixels<K>(x + kAhead * stride, stride, c);
+    prefetch_pixels_to_write<K>(y + kAhead / 2 * stride, stride, c);
     apply<K, X, Y, Silu>(x, y, stride, c, center, slope, offset);
   }
   for (int k = 0; c < columns.channels && k < K; ++k) {
@@ -98,12 +98,12 @@ LDM_FUSED_INLINE void add_sums_of_pixels(const X* x, const Y* dy, A* kept, const
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    prefetch<K>(x + columns.ahead + c, stride);
-    prefetch<K>(dy + columns.ahead + c, stride);
-    prefetch<K>(x + K * stride + c, stride);
-    prefetch<K>(dy + K * stride + c, stride);
+    prefetch_pixels<K>(x + columns.ahead, stride, c);
+    prefetch_pixels<K>(dy + columns.ahead, stride, c);
+    prefetch_pixels<K>(x + K * stride, stride, c);
+    prefetch_pixels<K>(dy + K * stride, stride, c);
     const auto d = derivative<K, X, Y, Silu>(x, dy, stride, c, center, slope, offset);
-    if (Keep) prefetch_to_write<K>(kept + K * stride + c, stride);
+    if (Keep) prefetch_pixels_to_write<K>(kept + K * stride, stride, c);
     if (Keep) store(kept + c, stride, d.dz);
     store(dz + c, load(dz + c) + sum_of(d.dz));
     store(dz_x + c, load(dz_x + c) + sum_of(d.dz * d.centered));
@@ -122,8 +122,9 @@ template <class X, class Y, bool Silu, bool Keep, class A = Accumulate<X>>
 LDM_FUSED_INLINE void sums_of_columns(const X* x, const Y* dy, A* kept, const Columns& columns,
                                       const ColumnAffine<A>& affine, A* dz, A* dz_x) {
   int64_t p = 0, at = 0;
-  for (; p + kPixels <= columns.pixels; p += kPixels, at += kPixels * columns.stride) {
-    add_sums_of_pixels<kPixels, X, Y, Silu, Keep>(x + at, dy + at, Keep ? kept + at : kept, columns, affine, dz, dz_x);
+  for (; p + kPixelsBackward <= columns.pixels; p += kPixelsBackward, at += kPixelsBackward * columns.stride) {
+    add_sums_of_pixels<kPixelsBackward, X, Y, Silu, Keep>(x + at, dy + at, Keep ? kept + at : kept, columns, affine, dz,
+                                                          dz_x);
   }
   for (; p < columns.pixels; ++p, at += columns.stride) {
     add_sums_of_pixels<1, X, Y, Silu, Keep>(x + at, dy + at, Keep ? kept + at : kept, columns, affine, dz, dz_x);
@@ -150,7 +151,7 @@ void columns_sum_x(const X* x, const Columns& columns, const A* center, A* sum_x
   for (int64_t p = 0; p < columns.pixels; ++p, x += columns.stride) {
     int64_t c = 0;
     for (; c + W <= columns.channels; c += W) {
-      prefetch<1>(x + kAhead * columns.stride + c, 0);
+      prefetch_pixels<1>(x + kAhead * columns.stride, 0, c);
       store(sum_x + c, load(sum_x + c) + (load(x + c) - load(center + c)));
     }
     for (; c < columns.channels; ++c) sum_x[c] += widen(x[c]) - center[c];
@@ -166,9 +167,9 @@ LDM_FUSED_INLINE void input_gradient_of_pixels(const X* x, const Y* dy, const X*
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset}, first{k1}, second{k2};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    prefetch<K>(x + K * stride + c, stride);
-    prefetch<K>(dy + K * stride + c, stride);
-    prefetch_to_write<K>(dx + K * stride + c, stride);
+    prefetch_pixels<K>(x + K * stride, stride, c);
+    prefetch_pixels<K>(dy + K * stride, stride, c);
+    prefetch_pixels_to_write<K>(dx + K * stride, stride, c);
     input_gradient<K, X, Y, Silu>(x, dy, shortcut, dx, stride, c, center, slope, offset, first, second);
   }
   for (int k = 0; c < columns.channels && k < K; ++k) {
@@ -183,9 +184,9 @@ LDM_FUSED_INLINE void input_gradient_of_columns(const X* x, const Y* dy, const X
                                                 const Columns& columns, const ColumnAffine<A>& affine, const A* k1,
                                                 const A* k2) {
   int64_t p = 0, at = 0;
-  for (; p + kPixels <= columns.pixels; p += kPixels, at += kPixels * columns.stride) {
-    input_gradient_of_pixels<kPixels, X, Y, Silu>(x + at, dy + at, shortcut ? shortcut + at : nullptr, dx + at, columns,
-                                                  affine, k1, k2);
+  for (; p + kPixelsBackward <= columns.pixels; p += kPixelsBackward, at += kPixelsBackward * columns.stride) {
+    input_gradient_of_pixels<kPixelsBackward, X, Y, Silu>(x + at, dy + at, shortcut ? shortcut + at : nullptr, dx + at,
+                                                          columns, affine, k1, k2);
   }
   for (; p < columns.pixels; ++p, at += columns.stride) {
     input_gradient_of_pixels<1, X, Y, Silu>(x + at, dy + at, shortcut ? shortcut + at : nullptr, dx + at, columns,

@@ -181,6 +181,7 @@ void run_statistics(const StatisticsCall& call) { run(call.args); }
 void run_apply(const ApplyCall& call) { run(call.args); }
 
 constexpr auto forward_op = &group_norm_act<NoGuard, run_forward>;
+constexpr auto training_op = &group_norm_act_training<NoGuard, run_forward>;
 constexpr auto inference_op = &group_norm_act_inference<NoGuard, run_forward>;
 constexpr auto statistics_op = &group_norm_statistics<NoGuard, run_statistics>;
 constexpr auto apply_op = &group_norm_apply<NoGuard, run_apply>;
@@ -191,6 +192,7 @@ constexpr auto apply_op = &group_norm_apply<NoGuard, run_apply>;
 
 STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("group_norm_act", TORCH_BOX(ldm_fused::cpu::forward_op));
+  m.impl("group_norm_act_training", TORCH_BOX(ldm_fused::cpu::training_op));
   m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cpu::inference_op));
   m.impl("group_norm_statistics", TORCH_BOX(ldm_fused::cpu::statistics_op));
   m.impl("group_norm_apply", TORCH_BOX(ldm_fused::cpu::apply_op));

@@ -42,7 +42,7 @@ LDM_FUSED_INLINE void apply_row(const X* x, Y* y, const Rows& rows, const Channe
   const SameForAll<A> center(affine.center), slope(affine.slope), offset(affine.offset);
   int64_t i = 0;
   for (; i + kInRow * W <= rows.length; i += kInRow * W) {
-    prefetch<kInRow>(x + rows.ahead + i, W);
+    prefetch<kInRow * W>(x + rows.ahead + i);
     apply<kInRow, X, Y, Silu>(x, y, W, i, center, slope, offset);
   }
   for (; i + W <= rows.length; i += W) apply<1, X, Y, Silu>(x, y, W, i, center, slope, offset);
@@ -71,8 +71,8 @@ LDM_FUSED_INLINE LaneSums<A> sums_of_piece(const X* x, const Y* dy, A* kept, int
   Pack<A, kInRow> dz{}, dz_x{};
   int64_t i = 0;
   for (; i + kInRow * W <= n; i += kInRow * W) {
-    prefetch<kInRow>(x + ahead + i, W);
-    prefetch<kInRow>(dy + ahead + i, W);
+    prefetch<kInRow * W>(x + ahead + i);
+    prefetch<kInRow * W>(dy + ahead + i);
     const auto d = derivative<kInRow, X, Y, Silu>(x, dy, W, i, center, slope, offset);
     if (Keep) store(kept + i, W, d.dz);
     dz = dz + d.dz;

@@ -19,17 +19,28 @@ struct Along {
   LDM_FUSED_INLINE A beyond() const { return A(0); }
 };
 
+constexpr int kLine = 64;  // bytes of a cache line
 constexpr int kAhead = 8;  // pixels between what is at hand and what is prefetched in the first walk through memory
-constexpr int kInRow = 2, kPixels = kVectorBytes == 64 ? 4 : 2;  // vectors side by side: as many as registers hold
+constexpr int kInRow = 2, kPixels = 4;  // vectors side by side: as many as hide each other's latency
+constexpr int kPixelsBackward = kVectorBytes == 64 ? 4 : 2;  // as many as registers hold beside the sums
 
-// Asks for K vectors, `stride` elements apart, that will be read or written soon. Any address will do.
+// Asks for the lines of n consecutive elements that will be read soon. Any address will do.
+template <int n, class T>
+LDM_FUSED_INLINE void prefetch(const T* from) {
+  for (int at = 0; at < n * int(sizeof(T)); at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(from) + at);
+}
+
+// Asks for a line of each of K pixels, `stride` elements apart, that will be read or written soon. Two or more vectors
+// of a pixel share a line: the first one asks, where c, the channel that it begins with, is a multiple of a line's.
 template <int K, class T>
-LDM_FUSED_INLINE void prefetch(const T* from, int64_t stride) {
-  for (int k = 0; k < K; ++k) __builtin_prefetch(from + k * stride);
+LDM_FUSED_INLINE void prefetch_pixels(const T* from, int64_t stride, int64_t c) {
+  if (c % (kLine / int(sizeof(T)))) return;
+  for (int k = 0; k < K; ++k) __builtin_prefetch(from + k * stride + c);
 }
 template <int K, class T>
-LDM_FUSED_INLINE void prefetch_to_write(T* to, int64_t stride) {
-  for (int k = 0; k < K; ++k) __builtin_prefetch(to + k * stride, 1);
+LDM_FUSED_INLINE void prefetch_pixels_to_write(T* to, int64_t stride, int64_t c) {
+  if (c % (kLine / int(sizeof(T)))) return;
+  for (int k = 0; k < K; ++k) __builtin_prefetch(to + k * stride + c, 1);
 }
 
 // Computes y of K vectors from element i on, `stride` elements apart.

@@ -146,6 +146,7 @@ void run_gradients(const GradientsCall& call) {
 }
 
 constexpr auto forward_op = &group_norm_act<Guard, run_forward>;
+constexpr auto training_op = &group_norm_act_training<Guard, run_forward>;
 constexpr auto inference_op = &group_norm_act_inference<Guard, run_forward>;
 constexpr auto backward_op = &group_norm_act_backward<Guard, run_backward>;
 constexpr auto statistics_op = &group_norm_statistics<Guard, run_statistics>;
@@ -162,6 +163,7 @@ const void* any_kernel() { return reinterpret_cast<const void*>(parameter_gradie
 
 STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CUDA, m) {
   m.impl("group_norm_act", TORCH_BOX(ldm_fused::cuda::forward_op));
+  m.impl("group_norm_act_training", TORCH_BOX(ldm_fused::cuda::training_op));
   m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cuda::inference_op));
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cuda::backward_op));
   m.impl("group_norm_statistics", TORCH_BOX(ldm_fused::cuda::statistics_op));

@@ -2,7 +2,7 @@
 
 from . import layers
 from .functional import bias_add_residual, group_norm_act, group_norm_silu
-from .ops import limit_multiprocessors
+from .multiprocessors import limit_multiprocessors
 from .readers import disabled
 
 __all__ = [
