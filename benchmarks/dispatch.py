@@ -32,7 +32,7 @@ from ldm_fused import functional, ops  # noqa: E402
 SHAPES = [(1, 32, 1, 2), (1, 320, 8, 8), (2, 1280, 8, 8)]
 GROUPS = 32
 NO_DEVICE = -1  # for which an answer is kept, as there would be for a device
-OPS = ("group_norm_act_training", "group_norm_act_inference", "group_norm_act_backward")
+OPS = ("group_norm_act_training", "group_norm_act_training_backward", "group_norm_act_inference")
 ON_THE_CPU = {name: getattr(ops, name) for name in OPS}
 EMULATED = {name: getattr(emulated, name) for name in OPS}
 

@@ -95,7 +95,7 @@ struct ForwardCall {
 struct BackwardCall {
   Tensor x, dy, mean, rstd;
   OptionalTensor shortcut;                               // only where dx is wanted
-  Tensor dx, dweight, dbias, dpre_bias, dscale, dshift;  // one that is not wanted has no elements
+  Tensor dx, dweight, dbias, dpre_bias, dscale, dshift;  // one that is not wanted is undefined
   Parameters parameters;
   BackwardArgs args{};
 
@@ -137,22 +137,29 @@ struct BackwardCall {
     args.x = x.data_ptr();
     args.mean = mean.data_ptr();
     args.rstd = rstd.data_ptr();
-    dx = wants_dx ? empty_like(x, type) : empty(kNone, type, x);
-    if (wants_dx) args.dx = dx.data_ptr();
+    if (wants_dx) {
+      dx = empty_like(x, type);
+      args.dx = dx.data_ptr();
+    }
     args.gradients = {gradient(weight, output_mask[1], dweight), gradient(bias, output_mask[2], dbias),
                       gradient(pre_bias, output_mask[3], dpre_bias), gradient(scale, output_mask[4], dscale),
                       gradient(shift, output_mask[5], dshift)};
     args.sums = args.gradients.pre_bias.data ? 3 : 2;
   }
 
- private:
-  static constexpr int64_t kNone[] = {0};  // the size of an output that is not wanted
+  // A gradient as the ops return it: one that is not wanted has no elements.
+  Tensor returned(const Tensor& gradient) const {
+    constexpr int64_t kNone[] = {0};
+    return gradient.defined() ? gradient : empty(kNone, x.scalar_type(), x);
+  }
 
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all_returned() const {
+    return {returned(dx), returned(dweight), returned(dbias), returned(dpre_bias), returned(dscale), returned(dshift)};
+  }
+
+ private:
   Gradient gradient(const OptionalTensor& parameter, bool wanted, Tensor& out) {
-    if (!parameter || !wanted) {
-      out = empty(kNone, x.scalar_type(), x);
-      return {};
-    }
+    if (!parameter || !wanted) return {};
     const auto sizes = parameter->sizes();
     out = empty(sizes, parameter->scalar_type(), x);
     if (args.shape.is_empty()) torch::stable::zero_(out);
@@ -349,7 +356,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_act_backwa
   const BackwardCall call(dy, x, mean, rstd, weight, bias, silu, pre_bias, scale, shift, output_mask, dx_shortcut,
                           dropout_seed, dropout_p);
   if (!call.args.shape.is_empty()) run(call);
-  return {call.dx, call.dweight, call.dbias, call.dpre_bias, call.dscale, call.dshift};
+  return call.all_returned();
+}
+
+template <class Guard, auto run>
+std::tuple<Tensor, Tensor, Tensor> group_norm_act_training_backward(const Tensor& dy, const Tensor& x,
+                                                                    const Tensor& mean, const Tensor& rstd,
+                                                                    const OptionalTensor& weight,
+                                                                    const OptionalTensor& bias, bool silu, bool needs_x,
+                                                                    bool needs_weight, bool needs_bias) {
+  const Guard guard(x);
+  const BackwardCall call(dy, x, mean, rstd, weight, bias, silu, {}, {}, {},
+                          {needs_x, needs_weight, needs_bias, false, false, false}, {}, {}, 0);
+  if (!call.args.shape.is_empty()) run(call);
+  return {call.returned(call.dx), call.returned(call.dweight), call.returned(call.dbias)};
 }
 
 template <class Guard, auto run>
@@ -397,7 +417,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward_a
   const GradientsCall call(dy, x, mean, rstd, totals, projections, weight, bias, silu, pre_bias, scale, shift,
                            output_mask, dropout_seed, dropout_p);
   if (!call.args.shape.is_empty()) run(call);
-  return {call.dx, call.dweight, call.dbias, call.dpre_bias, call.dscale, call.dshift};
+  return call.all_returned();
 }
 
 template <class Guard, auto run>

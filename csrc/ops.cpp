@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
       "Tensor? pre_bias, Tensor? scale, Tensor? shift, bool[] output_mask, Tensor? dx_shortcut=None, "
       "Tensor? dropout_seed=None, float dropout_p=0.0) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dpre_bias, Tensor dscale, Tensor dshift)");
+  // The same behind group_norm_act_training.
+  m.def(
+      "group_norm_act_training_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+      "bool silu, bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   // The two halves of group_norm_act, for a tensor that is cut in parts: (3, N, G), the count, mean and sum of squared
   // deviations of each group of one part; and y of one part from the statistics (parts, 3, N, G) of all, which are
   // merged in their order.

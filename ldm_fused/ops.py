@@ -30,6 +30,7 @@ group_norm_act = ops.group_norm_act.default
 group_norm_act_backward = ops.group_norm_act_backward.default
 # These have no fake kernel, and so refuse whatever is no plain tensor.
 group_norm_act_training = ops.group_norm_act_training.default
+group_norm_act_training_backward = ops.group_norm_act_training_backward.default
 group_norm_act_inference = ops.group_norm_act_inference.default
 
 bias_add_residual = ops.bias_add_residual.default
@@ -281,14 +282,15 @@ class PlainGroupNormAct(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         num_groups, eps, silu = ctx.constants
-        needs_x, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        needs = [needs_x, needs_weight and weight is not None, needs_bias and bias is not None, False, False, False]
+        needs_x, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad  # of None nothing is needed
         if torch.is_grad_enabled() or in_transform():
             a = Arguments(x, num_groups, weight, bias, eps, silu, None, None, None, None)
+            needs = [needs_x, needs_weight, needs_bias, False, False, False]
             return gradients(needs, composed_gradients(composed, a, dy, needs))[:6]
-        dx, dweight, dbias, _, _, _ = group_norm_act_backward(dy, x, mean, rstd, weight, bias, silu, None, None, None,
-                                                              needs)
-        return dx if needs_x else None, None, dweight if needs[1] else None, dbias if needs[2] else None, None, None
+        dx, dweight, dbias = group_norm_act_training_backward(dy, x, mean, rstd, weight, bias, silu, needs_x,
+                                                              needs_weight, needs_bias)
+        return (dx if needs_x else None, None, dweight if needs_weight else None, dbias if needs_bias else None, None,
+                None)
 
 
 class GroupNormActAndShortcut(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """The short ways of common calls: an op of fewer arguments, and PyTorch's own kernel where nothing is fused."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,10 +102,12 @@ def test_what_is_pytorchs_does_not_depend_on_the_threads():
     assert all(map(torch.equal, found[0] * 2, found[1] + found[2]))
 
 
-def test_the_backward_op_sees_no_gradient_that_is_not_asked_for(monkeypatch):
-    x, weight, bias = leaves()
-    masks, run = [], ops.group_norm_act_backward
-    monkeypatch.setattr(ops, "group_norm_act_backward", lambda *a: masks.append(a[10]) or run(*a))
-    y = ldm_fused.group_norm_silu(x, 4, weight.detach(), None)
-    y.backward(torch.ones_like(y))
-    assert masks == [[True, False, False, False, False, False]]
+@pytest.mark.parametrize("needs", itertools.product([False, True], repeat=3))
+def test_the_backward_op_gives_what_is_needed_and_the_bits_of_the_other(needs):
+    x, weight, bias = (t.detach() for t in leaves())
+    dy = torch.randn_like(x)
+    _, mean, rstd = ops.group_norm_act_training(x, 4, weight, bias, 1e-5, True)
+    found = ops.group_norm_act_training_backward(dy, x, mean, rstd, weight, bias, True, *needs)
+    others = ops.group_norm_act_backward(dy, x, mean, rstd, weight, bias, True, None, None, None, [*needs] + 3 * [False])
+    assert [t.numel() > 0 for t in found] == list(needs)
+    assert all(map(torch.equal, found, others))

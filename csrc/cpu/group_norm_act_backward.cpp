@@ -225,6 +225,7 @@ void run_sums(const SumsCall& call) { run(call.args); }
 void run_gradients(const GradientsCall& call) { run(call.args); }
 
 constexpr auto backward_op = &group_norm_act_backward<NoGuard, run_backward>;
+constexpr auto training_backward_op = &group_norm_act_training_backward<NoGuard, run_backward>;
 constexpr auto sums_op = &group_norm_backward_sums<NoGuard, run_sums>;
 constexpr auto gradients_op = &group_norm_backward_apply<NoGuard, run_gradients>;
 
@@ -234,6 +235,7 @@ constexpr auto gradients_op = &group_norm_backward_apply<NoGuard, run_gradients>
 
 STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CPU, m) {
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cpu::backward_op));
+  m.impl("group_norm_act_training_backward", TORCH_BOX(ldm_fused::cpu::training_backward_op));
   m.impl("group_norm_backward_sums", TORCH_BOX(ldm_fused::cpu::sums_op));
   m.impl("group_norm_backward_apply", TORCH_BOX(ldm_fused::cpu::gradients_op));
 }

@@ -149,6 +149,7 @@ constexpr auto forward_op = &group_norm_act<Guard, run_forward>;
 constexpr auto training_op = &group_norm_act_training<Guard, run_forward>;
 constexpr auto inference_op = &group_norm_act_inference<Guard, run_forward>;
 constexpr auto backward_op = &group_norm_act_backward<Guard, run_backward>;
+constexpr auto training_backward_op = &group_norm_act_training_backward<Guard, run_backward>;
 constexpr auto statistics_op = &group_norm_statistics<Guard, run_statistics>;
 constexpr auto apply_op = &group_norm_apply<Guard, run_apply>;
 constexpr auto sums_op = &group_norm_backward_sums<Guard, run_sums>;
@@ -166,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(LDM_FUSED_LIBRARY, CUDA, m) {
   m.impl("group_norm_act_training", TORCH_BOX(ldm_fused::cuda::training_op));
   m.impl("group_norm_act_inference", TORCH_BOX(ldm_fused::cuda::inference_op));
   m.impl("group_norm_act_backward", TORCH_BOX(ldm_fused::cuda::backward_op));
+  m.impl("group_norm_act_training_backward", TORCH_BOX(ldm_fused::cuda::training_backward_op));
   m.impl("group_norm_statistics", TORCH_BOX(ldm_fused::cuda::statistics_op));
   m.impl("group_norm_apply", TORCH_BOX(ldm_fused::cuda::apply_op));
   m.impl("group_norm_backward_sums", TORCH_BOX(ldm_fused::cuda::sums_op));
