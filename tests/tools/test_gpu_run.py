@@ -16,6 +16,12 @@ from tools import gpu, gpu_summary
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def plain_pytest(monkeypatch):
+    """Of the suites here none uses a plugin, and hypothesis' takes two seconds to load."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """A Run with these options, which ends what it has started."""
