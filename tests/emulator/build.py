@@ -29,8 +29,7 @@ FLAGS = (
 )
 WATCHED = (  # of kernels: the compiler calls callbacks.cpp at each access of memory
     "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 "
-    "-fno-tree-sra "  # a 16-byte vector stays one access
-    "-O1"  # compiles in half the time, and runs about as fast: most of the time goes by in the machine
+    "-fno-tree-sra"  # a 16-byte vector stays one access
 )
 
 
