@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def plain_pytest(monkeypatch):
-    """Of the suites here none uses a plugin, and hypothesis' takes two seconds to load."""
+    """Of the suites here none uses a plugin, and some take seconds to load: hypothesis' takes two."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
