@@ -1,5 +1,6 @@
 """Fixtures: the devices that tests run on (CPU, CUDA where there is one, for kernels the emulator), and what patch needs."""
 
+import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,13 @@ collect_ignore = ["integrations"]  # `make test-integrations` has the libraries 
 
 # With one thread no race between threads would show.
 torch.set_num_threads(max(2, torch.get_num_threads()))
+
+
+def pytest_collection_finish():
+    """Torch and the tests have half a million objects, which live as long as the process: the collector need not look
+    at them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def cuda():

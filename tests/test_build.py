@@ -4,23 +4,13 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fresh import ROOT, run_python
 from oracle import make_case
 
 import ldm_fused
-
-ROOT = Path(ldm_fused.__file__).parents[1]
-
-
-def run_python(code, **environment):
-    """What a program prints in a Python of its own."""
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, **environment},
-                          capture_output=True, text=True)
 
 
 def test_build_info():
@@ -32,8 +22,7 @@ def test_build_info():
 
 def test_a_tree_without_its_binary_says_how_to_build_it(tmp_path):
     shutil.copytree(ROOT / "ldm_fused", tmp_path / "ldm_fused", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    result = subprocess.run([sys.executable, "-c", "import ldm_fused"], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    result = run_python("import ldm_fused", cwd=tmp_path, path=[tmp_path])
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: ldm_fused is not built yet: run `make build`"), result.stderr
 

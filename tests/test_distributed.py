@@ -1,13 +1,17 @@
 """Data-parallel training on two gloo processes: DDP and FSDP2 give the gradients that one process has.
 
-This file is a program too, one of the processes: `python tests/test_distributed.py RANK FILE` goes through all cases.
+This file is a program too, which forks the processes: `python tests/test_distributed.py FILE` goes through all cases.
 Torch takes longer to import than a case takes.
 """
 
+import contextlib
 import copy
 import os
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,9 @@ OPTIONS = dict(in_channels=32, dropout=0.0, temb_channels=16)
 # Biases are "left" to the fused ops, as on CUDA, or "added" by the convolutions.
 CASES = [(kind, biases, dropout) for kind in ("ddp", "fsdp2", "ddp patched", "fsdp2 patched")
          for biases, dropout in (("added", 0.0), ("left", 0.4))]
+# Of examples/train_data_parallel.py: how many processes, and its options.
+RUNS = ("1", "2", "2 --fsdp")
+SIZES = "--steps 3 --batch 4 --resolution 16 --channels 32"
 
 
 class Two(nn.Module):
@@ -84,8 +91,10 @@ def distributed(kind, dropout, rank):
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gathered.items()}
 
 
-def main(rank, file):
-    """Prints the cases in which the gradients agree, and ends at the first in which they do not."""
+def main(rank, file, ports):
+    """Prints the cases in which the gradients agree, and what the training example prints; ends at what is wrong."""
+    import train_data_parallel
+
     has_separate_bias = resnet_block._has_separate_bias
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     for case in CASES:
@@ -95,57 +104,91 @@ def main(rank, file):
         assert set(found) == set(want), case
         for name in want:
             torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{case} {name}: {m}")
-        print(case, "agrees", flush=True)
+        sys.stdout.write(f"{case} agrees\n")  # at once: the other process writes too
+        sys.stdout.flush()
     dist.destroy_process_group()
 
+    resnet_block._has_separate_bias = has_separate_bias
+    for run, port in zip(RUNS, ports):
+        world, *options = run.split()
+        if rank >= int(world):
+            continue
+        # What torchrun tells its processes.
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, MASTER_ADDR="localhost",
+                          MASTER_PORT=port)
+        sys.argv = ["train_data_parallel.py", *SIZES.split(), *options]
+        if rank == 0:
+            print("run", run, flush=True)
+        train_data_parallel.main()
 
-def environment():
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+def fork(file):
+    """Runs the processes; the status to end with. Torch is imported once for all of them."""
+    sys.path.append(str(ROOT / "examples"))
+    import torch.distributed.fsdp  # noqa: F401
+    import train_data_parallel  # noqa: F401
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in RUNS]
+        for s in sockets:
+            s.bind(("localhost", 0))
+        ports = [str(s.getsockname()[1]) for s in sockets]
+    children = []
+    for rank in range(WORLD):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                main(rank, file, ports)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    # One that waits for another that has failed would wait for long.
+    statuses = [os.waitstatus_to_exitcode(os.wait()[1])]
+    while len(statuses) < len(children):
+        if any(statuses):
+            for child in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        statuses.append(os.waitstatus_to_exitcode(os.wait()[1]))
+    return int(any(statuses))
 
 
 needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def output(tmp_path_factory):
     """What the processes print."""
     file = tmp_path_factory.mktemp("distributed") / "rendezvous"
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(file)], env=environment(),
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(WORLD)]
-    try:
-        return [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:  # one that waits for another that has failed
-            process.kill()
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+                   "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, __file__, str(file)], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=300).stdout
 
 
 @needs_distributed
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_processes_have_the_gradients_of_one(case, outputs):
-    assert all(f"{case} agrees" in output for output in outputs), "\n".join(outputs)
-
-
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-
-
-def losses(tmp_path, *options, launcher=TORCHRUN, variables={}):
-    """What the training example prints, by step."""
-    sizes = "--steps 3 --batch 4 --resolution 16 --channels 32".split()
-    run = subprocess.run([sys.executable, *launcher, str(ROOT / "examples/train_data_parallel.py"), *sizes, *options],
-                         env={**environment(), "CUDA_VISIBLE_DEVICES": "", **variables}, cwd=tmp_path,
-                         capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step ")]
+def test_two_processes_have_the_gradients_of_one(case, output):
+    assert output.splitlines().count(f"{case} agrees") == WORLD, output
 
 
 @needs_distributed
-def test_the_training_example_on_two_processes_has_the_losses_of_one(tmp_path):
-    want = losses(tmp_path, launcher=[], variables=ALONE)
-    assert len(set(want)) == 3
-    for options in ((), ("--fsdp",)):
-        assert losses(tmp_path, *options) == pytest.approx(want, rel=1e-4)
+def test_the_training_example_on_two_processes_has_the_losses_of_one(output):
+    losses = {}
+    for text in output.split("run ")[1:]:
+        run, *lines = text.splitlines()
+        losses[run] = [float(line.split()[-1]) for line in lines if line.startswith("step ")]
+    assert set(losses) == set(RUNS), output
+    want = losses[RUNS[0]]
+    assert len(set(want)) == 3, output
+    for run in RUNS[1:]:
+        assert losses[run] == pytest.approx(want, rel=1e-4), run
 
 
 def test_the_comparison_can_fail():
@@ -157,4 +200,4 @@ def test_the_comparison_can_fail():
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    sys.exit(fork(sys.argv[1]))

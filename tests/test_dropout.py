@@ -1,6 +1,7 @@
 """Dropout inside the op: its generator, the mask in every kernel, and what follows from a mask that is never stored."""
 
 from dataclasses import replace
+from itertools import cycle
 from types import SimpleNamespace
 
 import emulated
@@ -123,8 +124,9 @@ def test_a_tensor_that_is_not_aligned_has_the_same_mask(kernels, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype,out_dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("shape,num_groups", [((2, 20, 24, 32), 2), ((5, 16, 40, 40), 4), ((3, 24, 8, 11), 2)], ids=str)
+@pytest.mark.parametrize("shape,num_groups,dtype,out_dtype", [
+    (*shape, *dtypes) for shape, dtypes in zip(cycle([((2, 20, 24, 32), 2), ((5, 16, 40, 40), 4), ((3, 24, 8, 11), 2)]),
+                                               DTYPES[1:])], ids=str)
 @pytest.mark.parametrize("name", SMALL_DEVICES)
 def test_every_tier(name, shape, num_groups, dtype, out_dtype, layout):
     case = make_case(shape, num_groups, dtype, layout, out_dtype=out_dtype)

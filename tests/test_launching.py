@@ -5,8 +5,8 @@ import contextlib
 import emulated
 import pytest
 import torch
+from fresh import run_python
 from oracle import GRADIENTS, LAYOUTS, assert_within_bound, make_case
-from test_build import run_python
 from test_cuda_kernels import SHAPES, SMALL_DEVICES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

@@ -1,14 +1,11 @@
 """A copy or a pickle of a patched model is patched and fused as before, or it is unpatched: never between."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_python
 from patched import assert_close, random, randomize
 from torch import nn
 
@@ -24,8 +21,6 @@ def in_a_fresh_process(data, arguments, files, tmp_path):
     """The output and report.fused of a pickled model that another process loads and runs."""
     torch.save([data, arguments], tmp_path / "in.pt")
     program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 import pickle, pytest, torch, libraries
 torch.set_num_threads(1)
 loaded = [libraries.load(name, pytest.MonkeyPatch()) for name in {list(files)!r}]
@@ -36,8 +31,8 @@ import ldm_fused
 run = ldm_fused.report(model)
 torch.save((y, run.fused, run.fallbacks, ldm_fused.is_patched(model)), {str(tmp_path / "out.pt")!r})
 """
-    path = os.pathsep.join([str(Path(ldm_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": path})
+    run = run_python(program)
+    assert run.returncode == 0, run.stderr
     return torch.load(tmp_path / "out.pt", weights_only=False)
 
 
@@ -134,9 +129,8 @@ def test_a_pickle_says_what_is_missing_where_it_is_read(patched, tmp_path):
     if not patched:
         ldm_fused.unpatch(model)
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
-    program = "import pickle, sys; sys.modules['ldm_fused'] = None; pickle.load(open(sys.argv[1], 'rb'))"
-    arguments = [sys.executable, "-c", program, str(tmp_path / "model.pickle")]
-    run = subprocess.run(arguments, capture_output=True, text=True)
+    run = run_python("import pickle, sys; sys.modules['ldm_fused'] = None; pickle.load(open('model.pickle', 'rb'))",
+                     cwd=tmp_path)
     if patched:
         last = run.stderr.splitlines()[-1]
         assert last.startswith("ModuleNotFoundError") and "ldm_fused" in last

@@ -1,13 +1,10 @@
 """A patched model at run time: what is disturbed is called, everything else is fused, and the report says which."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_python
 from patched import Model, assert_close, check, hook, inputs, randomize, results
 from torch import nn
 from torch.nn import functional as F
@@ -133,9 +130,7 @@ def test_disabled_nests_and_survives_exceptions():
 def test_the_environment_variable_disables_from_the_start(value, fused):
     program = ("import torch, ldm_fused; block = ldm_fused.reference.ResnetBlock(in_channels=32, dropout=0.0); "
                "ldm_fused.patch(block); block(torch.randn(1, 32, 4, 4)); print(ldm_fused.report(block).fused)")
-    path = os.pathsep.join([str(Path(ldm_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                         env={**os.environ, "LDM_FUSED_DISABLE": value, "PYTHONPATH": path})
+    run = run_python(program, LDM_FUSED_DISABLE=value)
     assert run.stdout == f"{fused}\n", run.stderr
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_build import run_python
+from fresh import run_python
 
 import ldm_fused
 from ldm_fused import ops

@@ -20,7 +20,7 @@ MACHINE = ("tests/emulator",)
 MACHINE_SOURCES = tuple(f"tests/emulator/{name}.cpp" for name in ("machine", "observer", "callbacks"))
 KERNELS = ("tests/emulator", "csrc")  # the emulator first: its cuda_runtime.h stands in for the toolkit's
 FLAGS = (
-    "-O2 -g -std=c++17 -fPIC "
+    "-O2 -g1 -std=c++17 -fPIC "  # reports name lines, and no variables
     "-fvisibility=hidden "  # each module has an emulator of its own
     "-fno-strict-aliasing "  # kernels read memory through vector types, as nvcc lets them
     "-ffp-contract=off "  # the same bits whatever machine compiles

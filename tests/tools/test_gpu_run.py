@@ -8,11 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+from fresh import run_python
 from test_gpu_summary import result
 
 from tools import gpu, gpu_summary
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def plain_pytest(monkeypatch):
+    """Of the suites here none uses a plugin, and some take seconds to load: hypothesis' takes two."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 @pytest.fixture
@@ -166,9 +173,8 @@ sys.exit(status)
 
 @pytest.mark.parametrize("part, device", [("correct", "cuda"), ("time", "cpu")])
 def test_a_part_in_which_everything_hangs_ends_in_time_and_leaves_its_files(tmp_path, part, device):
-    command = [sys.executable, "-c", HANGS, part, str(tmp_path / "out"), "--device", device]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    arguments = ["gpu.py", part, str(tmp_path / "out"), "--device", device]
+    done = run_python(f"import sys\nsys.argv = {arguments!r}\n{HANGS}")
     assert done.returncode == 1, done.stderr
     seconds = float(done.stdout.rsplit("seconds ", 1)[1])
     assert gpu.SECONDS <= 230 and seconds < gpu.SECONDS / 80 + 10  # in which processes end and files are written

@@ -14,8 +14,8 @@ from benchmarks import workloads
 from benchmarks.workloads import Workload
 from tools import traffic
 
-CASES = [((2, 640, 16, 16), "contiguous"), ((2, 640, 16, 16), "channels_last"), ((1, 320, 45, 8), "channels_last"),
-         ((2, 96, 40, 40), "contiguous"), ((3, 1280, 8, 8), "channels_last"), ((40, 64, 1, 1), "contiguous")]
+CASES = [((1, 640, 16, 16), "contiguous"), ((1, 640, 16, 16), "channels_last"), ((1, 320, 45, 8), "channels_last"),
+         ((1, 96, 40, 40), "contiguous"), ((3, 1280, 8, 8), "channels_last"), ((40, 64, 1, 1), "contiguous")]
 
 
 @pytest.mark.parametrize("name", emulated.DEVICES)
