@@ -8,7 +8,6 @@ import contextlib
 import copy
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -113,9 +112,10 @@ def main(rank, file, ports):
         world, *options = run.split()
         if rank >= int(world):
             continue
-        # What torchrun tells its processes.
+        # What torchrun tells its processes, whose store is the launcher's.
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, MASTER_ADDR="localhost",
-                          MASTER_PORT=port)
+                          MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                          TORCHELASTIC_RESTART_COUNT="0")
         sys.argv = ["train_data_parallel.py", *SIZES.split(), *options]
         if rank == 0:
             print("run", run, flush=True)
@@ -128,18 +128,14 @@ def fork(file):
     import torch.distributed.fsdp  # noqa: F401
     import train_data_parallel  # noqa: F401
 
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in RUNS]
-        for s in sockets:
-            s.bind(("localhost", 0))
-        ports = [str(s.getsockname()[1]) for s in sockets]
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in RUNS]
     children = []
     for rank in range(WORLD):
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                main(rank, file, ports)
+                main(rank, file, [store.port for store in stores])
                 status = 0
             except BaseException:
                 traceback.print_exc()
