@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act(const Tensor& x, int64_t num_g
 
 // The ops of the common arguments refuse what functional.checked() in Python does beyond the other op, and empty
 // tensors, which it asks PyTorch about.
-inline void check_unchecked(const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias) {
+inline void check_as_in_python(const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias) {
   STD_TORCH_CHECK(shape.elements() > shape.batch * shape.groups, "x must have more than 1 value per group");
   STD_TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), "bias must have weight's dtype");
 }
@@ -331,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_training(const Tensor& x, int6
                                                            double eps, bool silu) {
   const Guard guard(x);
   const ForwardCall call(x, num_groups, weight, bias, eps, silu, {}, {}, {}, {}, {}, 0, true);
-  check_unchecked(call.args.shape, weight, bias);
+  check_as_in_python(call.args.shape, weight, bias);
   run(call);
   return {call.y, call.mean, call.rstd};
 }
@@ -341,7 +341,7 @@ Tensor group_norm_act_inference(const Tensor& x, int64_t num_groups, const Optio
                                 const OptionalTensor& bias, double eps, bool silu) {
   const Guard guard(x);
   const ForwardCall call(x, num_groups, weight, bias, eps, silu, {}, {}, {}, {}, {}, 0, false);
-  check_unchecked(call.args.shape, weight, bias);
+  check_as_in_python(call.args.shape, weight, bias);
   run(call);
   return call.y;
 }

@@ -278,8 +278,8 @@ def test_the_profiler_knows_the_ops_shapes(grad):
     with torch.profiler.profile(record_shapes=True) as profile, torch.set_grad_enabled(grad):
         y = ldm_fused.group_norm_silu(x.requires_grad_(grad), 4)
         ldm_fused.bias_add_residual(y, residual)
-    shapes = {e.key.removesuffix("_inference"): e.input_shapes[0] for e in profile.key_averages(True)
-              if e.key.startswith("ldm_fused::")}
+    shapes = {e.key.removesuffix("_training" if grad else "_inference"): e.input_shapes[0]
+              for e in profile.key_averages(True) if e.key.startswith("ldm_fused::")}
     assert shapes == {f"ldm_fused::{name}": [2, *X] for name in ("group_norm_act", "bias_add_residual")}
 
 
