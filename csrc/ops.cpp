@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
       "group_norm_act(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? pre_bias, "
       "Tensor? scale, Tensor? shift, ScalarType? out_dtype, Tensor? dropout_seed=None, float dropout_p=0.0) "
       "-> (Tensor y, Tensor mean, Tensor rstd)");
-  // The same for the common arguments, and y alone: small calls are bound by what is passed and returned.
+  // The same for the common arguments, since small calls are bound by what is passed and returned; then y alone.
   m.def(
       "group_norm_act_training(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu) -> "
       "(Tensor y, Tensor mean, Tensor rstd)");

@@ -23,7 +23,7 @@ _ACTIVATIONS = {"silu": True, "swish": True, None: False}
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if ops.HAS_CUDA else {"cpu", "meta"})
 # Dropout's kernels decide by 16 bits an element: probabilities nearer to 0 or 1 than this would be met too coarsely.
 _LEAST_DROPOUT = 2.0**-8
-# Elements from which the kernel's time counts, and not what a call costs.
+# Elements from which a kernel's time counts more than what its call costs.
 _LEAST_HANDED_OVER = 2**17
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _warned = set()  # device types
@@ -198,8 +198,8 @@ def _plain(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
 def _is_pytorchs(x, num_groups, weight, bias) -> bool:
     """Whether PyTorch's own kernel takes the place of the op without an activation: on a CPU, in contiguous float32.
 
-    It has nothing to fuse there, and reads, writes and keeps as much. In channels_last it loses digits, and with 16
-    bits it is the slower one (benchmarks/NOTES.md).
+    There is nothing to fuse, and both read, write and keep as much. In channels_last PyTorch's kernel loses digits, and
+    in contiguous tensors of 16 bits it is the slower one (benchmarks/NOTES.md).
     """
     return (x.is_cpu and x.dtype is torch.float32 and x.numel() >= _LEAST_HANDED_OVER and x.is_contiguous()
             and x.dim() > 1 and x.shape[0] * num_groups < x.numel()  # more than 1 value per group

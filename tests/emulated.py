@@ -37,8 +37,8 @@ _copies = itertools.count(1)
 _current = _default
 _schemas = torch.library.Library("ldm_fused_emulated", "DEF")
 _operators = ("group_norm_act", "group_norm_act_training", "group_norm_act_inference", "group_norm_act_backward",
-              "group_norm_act_training_backward", "bias_add_residual", "channel_sums", "group_norm_statistics", "group_norm_apply",
-              "group_norm_backward_sums", "group_norm_backward_apply")
+              "group_norm_act_training_backward", "bias_add_residual", "channel_sums", "group_norm_statistics",
+              "group_norm_apply", "group_norm_backward_sums", "group_norm_backward_apply")
 for _name in _operators:
     _schemas.define(str(getattr(torch.ops.ldm_fused, _name).default._schema).removeprefix("ldm_fused::"))
 

@@ -4,15 +4,13 @@ This file is a program too, which forks the processes: `python tests/test_distri
 Torch takes longer to import than a case takes.
 """
 
-import contextlib
 import copy
 import os
-import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -129,29 +127,7 @@ def fork(file):
     import train_data_parallel  # noqa: F401
 
     stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in RUNS]
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                main(rank, file, [store.port for store in stores])
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        children.append(child)
-    # One that waits for another that has failed would wait for long.
-    statuses = [os.waitstatus_to_exitcode(os.wait()[1])]
-    while len(statuses) < len(children):
-        if any(statuses):
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-        statuses.append(os.waitstatus_to_exitcode(os.wait()[1]))
-    return int(any(statuses))
+    return int(not forked.run(WORLD, lambda rank: main(rank, file, [store.port for store in stores])))
 
 
 needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")

@@ -143,7 +143,7 @@ def test_plans_cost_microseconds():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape,num_groups", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SMALL_DEVICES)
-def test_inference_gives_the_same_bits_in_every_tier(name, shape, num_groups, layout):
+def test_the_ops_of_common_arguments_give_the_same_bits_in_every_tier(name, shape, num_groups, layout):
     case = plain_case(shape, num_groups, layout)
     with emulated.device(SMALL_DEVICES[name]):
         y, mean, rstd = forward(case)

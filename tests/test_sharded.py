@@ -8,10 +8,10 @@ import copy
 import os
 import subprocess
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -220,21 +220,7 @@ def main(rank, file):
 def fork(file):
     import torch._dynamo  # noqa: F401 - once for all processes
 
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                main(rank, file)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return int(not forked.run(WORLD, lambda rank: main(rank, file)))
 
 
 # ---- The tests ---------------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ LDM_FUSED_INLINE ShortVector narrow_all(FloatVector v, BFloat16) {
   return (ShortVector)_mm512_cvtneps_pbh((__m512)v);
 #else
   const IntVector bits = (IntVector)v;
-  const IntVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) | (v != v);  // NaN has all bits set
-#if LDM_FUSED_VECTOR_BYTES == 32  // GCC narrows a convertvector by two masks
+  const IntVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) | (v != v);  // NaN gets all bits set
+#if LDM_FUSED_VECTOR_BYTES == 32  // GCC would mask what a convertvector narrows
   const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
   return (ShortVector)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 #else
@@ -250,8 +250,8 @@ LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) 
 
 // e^-u = 2^n * e^-r with n in eighths and |r| <= ln 2 / 16. The table holds the bits of 2^(i/8 - 1) less i * 2^20, so
 // that adding n's eighths, which are the lowest bits of `shifted`, at that place makes 2^(n-1) of it. The polynomial is
-// 2 e^-r, whose term in r^2 also takes up what r^4 would give: its largest relative error is 2.5e-8, under half of half
-// a unit in the last place.
+// 2 e^-r, with a term in r^2 that also takes up most of what r^4 would give: its largest relative error is 2.6e-8, where
+// half a unit in the last place is 6e-8.
 template <int K>
 LDM_FUSED_INLINE Pack<float, K> one_plus_exponential_of_minus(Pack<float, K> u) {
   const FloatVector magic = all(1572864.0f);  // 1.5 * 2^20 rounds to eighths what is added to it

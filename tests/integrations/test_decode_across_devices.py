@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import traceback
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "decode_across_devices.py"
-sys.path += [str(EXAMPLE.parent), str(ROOT / "tests")]  # patched.py is there
+sys.path += [str(EXAMPLE.parent), str(ROOT / "tests")]  # patched.py and forked.py are there
 
 import decode_across_devices as example  # noqa: E402
+import forked  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
 from patched import randomize  # noqa: E402
 
@@ -77,20 +77,8 @@ def main(rank, file, cases):
 def fork(file):
     torch.set_num_threads(1)  # so none is started before the fork
     torch.manual_seed(2)
-    cases, children = {height: Case(height) for height in HEIGHTS}, []
-    for rank in range(max(WORLDS)):
-        child = os.fork()
-        if child == 0:
-            try:
-                main(rank, file, cases)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    cases = {height: Case(height) for height in HEIGHTS}
+    return int(not forked.run(max(WORLDS), lambda rank: main(rank, file, cases)))
 
 
 @pytest.fixture(scope="module")
@@ -136,4 +124,4 @@ def test_the_program_says_what_each_rank_has(environment, tmp_path):
 
 
 if __name__ == "__main__":
-    fork(sys.argv[1])
+    sys.exit(fork(sys.argv[1]))
