@@ -43,8 +43,9 @@ void column_moments(const X* x, const Columns& columns, A* mean, A* m2) {
           (widen(x[c]) * A(0.25) + widen(second[c]) * A(0.25)) + (widen(third[c]) * A(0.25) + widen(last[c]) * A(0.25));
       off[c] = squares[c] = 0;
     }
+    const bool in_steps = columns.ahead || sizeof(X) == 2;  // else in memory's order, there being little to compute
     int64_t p = 0;
-    for (; columns.ahead && p + kPixels <= pixels; p += kPixels) {
+    for (; in_steps && p + kPixels <= pixels; p += kPixels) {
       add_deviations<kPixels>(x + p * stride, stride, block, center, share, off, squares);
     }
     for (; p < pixels; ++p) add_deviations<1>(x + p * stride, stride, block, center, share, off, squares);
@@ -64,9 +65,11 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, con
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    prefetch_pixels<K>(x + columns.ahead, stride, c);
-    prefetch_pixels<K>(x + kAhead * stride, stride, c);
-    prefetch_pixels_to_write<K>(y + kAhead / 2 * stride, stride, c);
+    if (Silu) {  // without it nothing hides what it takes to ask, and the processor sees by itself what comes next
+      prefetch_pixels<K>(x + columns.ahead, stride, c);
+      prefetch_pixels<K>(x + kAhead * stride, stride, c);
+      prefetch_pixels_to_write<K>(y + kAhead / 2 * stride, stride, c);
+    }
     apply<K, X, Y, Silu>(x, y, stride, c, center, slope, offset);
   }
   for (int k = 0; c < columns.channels && k < K; ++k) {

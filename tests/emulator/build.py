@@ -16,9 +16,10 @@ import pybind11
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-MACHINE = ("tests/emulator",)
+MACHINE = ("tests/emulator/**/*",)
 MACHINE_SOURCES = tuple(f"tests/emulator/{name}.cpp" for name in ("machine", "observer", "callbacks"))
-KERNELS = ("tests/emulator", "csrc")  # the emulator first: its cuda_runtime.h stands in for the toolkit's
+KERNELS = (*MACHINE, "csrc/*", "csrc/cuda/**/*")  # not csrc/cpu: nothing of it is emulated
+INCLUDES = ("tests/emulator", "csrc")  # the emulator first: its cuda_runtime.h stands in for the toolkit's
 FLAGS = (
     "-O2 -g1 -std=c++17 -fPIC "  # reports name lines, and no variables
     "-fvisibility=hidden "  # each module has an emulator of its own
@@ -64,7 +65,7 @@ def build(name, folders, root):
     """The library built from the sources under ``root``."""
     compiler = [*shlex.split(os.environ.get("CXX", "g++")), *shlex.split(FLAGS), *shlex.split(_added_flags())]
     torch_folder = Path(torch.__file__).parent
-    includes = [*KERNELS, pybind11.get_include(), sysconfig.get_path("include"), torch_folder / "include", *folders]
+    includes = [*INCLUDES, pybind11.get_include(), sysconfig.get_path("include"), torch_folder / "include", *folders]
     kernel_compiler = [*compiler, *(f"-I{folder}" for folder in includes)]
     if watches():
         kernel_compiler += shlex.split(WATCHED)
@@ -76,10 +77,10 @@ def build(name, folders, root):
     return _make([*compiler, "-shared", *objects, *libraries], (), sysconfig.get_config_var("EXT_SUFFIX"), root)
 
 
-def _make(command, folders, suffix, root):
-    """The file that the command writes: the one of an earlier run, if nothing in the folders has changed since."""
+def _make(command, sources, suffix, root):
+    """The file that the command writes: the one of an earlier run, if no source has changed since."""
     digest = hashlib.sha256(repr((command, sys.version, torch.__version__, pybind11.__version__)).encode())
-    for path in sorted(path for folder in folders for path in (root / folder).rglob("*")):
+    for path in sorted(path for pattern in sources for path in root.glob(pattern)):
         if path.is_file() and path.suffix != ".pyc":
             digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     made = root / "build" / "emulator" / f"{digest.hexdigest()[:16]}{suffix}"
