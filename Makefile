@@ -85,7 +85,7 @@ gpu: toolkit ## on a GPU machine STAGE=correct or STAGE=time, of 4 minutes each;
 	    $(PY) tools/gpu.py $$stage --out '$(OUT)'/$$stage $(ARGS) || status=1; done; exit $$status
 
 wheel: $(READY) ## a wheel in dist, from the source distribution; CUDA=13 or CUDA=12: with CUDA kernels
-	tools/quietly wheel $(PY) tools/wheel.py $(if $(CUDA),cu$(CUDA),cpu)
+	tools/quietly wheel $(PY) tools/build_wheel.py $(if $(CUDA),cu$(CUDA),cpu)
 
 wheel-test: $(TORCHES:%=.venv-torch-%/ready) ## test the wheels in dist with each torch from 2.11 to 2.14
 	@ls dist/*.whl >/dev/null 2>&1 || { echo "There is no wheel in dist: run make wheel first."; exit 1; }

@@ -3,8 +3,8 @@
 FORCE_CUDA=1 or 0 asks for CUDA kernels or for none (default: where torch and the machine both have CUDA);
 CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension. LDM_FUSED_CXXFLAGS is
 added to the C++ compiler's flags, after all others, and to the linker's. LDM_FUSED_MODULE names the module in the place
-of _C, and the library that it registers the ops in. With LDM_FUSED_WHEEL=cpu, cu13 or cu12, as tools/wheel.py sets it,
-that is in the wheel's version, and its number is the CUDA that is wanted, whatever torch has.
+of _C, and the library that it registers the ops in. With LDM_FUSED_WHEEL=cpu, cu13 or cu12, as tools/build_wheel.py
+sets it, that is in the wheel's version, and its number is the CUDA that is wanted, whatever torch has.
 """
 import glob
 import importlib.util
@@ -26,7 +26,7 @@ CUDA_HOST_SOURCES = ["csrc/cuda/device.cpp"]
 CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]  # those that nvcc knows; the last one as PTX too
 
 WHEEL = os.environ.get("LDM_FUSED_WHEEL", "")
-PLATFORM = "manylinux_2_28_" + platform.machine()  # of such a wheel; tools/wheel.py sees whether it is true
+PLATFORM = "manylinux_2_28_" + platform.machine()  # of such a wheel; tools/build_wheel.py sees whether it is true
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
 if sys.prefix != sys.base_prefix:  # a virtual environment's ninja counts, activated or not

@@ -14,7 +14,7 @@ from fresh import run_python
 
 import ldm_fused
 from ldm_fused import ops
-from tools import wheel
+from tools import build_wheel
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,11 +32,11 @@ def compiled(folder, *source, flags=()):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are for x86-64")
 def test_the_binary_runs_with_an_old_glibc():
-    assert wheel.obstacles(Path(ldm_fused._C.__file__).read_bytes()) == []
+    assert build_wheel.obstacles(Path(ldm_fused._C.__file__).read_bytes()) == []
 
 
 def test_what_a_binary_imports_is_found_with_its_library_and_version():
-    libraries, symbols = wheel.imports(Path(ldm_fused._C.__file__).read_bytes())
+    libraries, symbols = build_wheel.imports(Path(ldm_fused._C.__file__).read_bytes())
     assert {"libtorch_cpu.so", "libc10.so", "libc.so.6"} <= {*libraries}
     assert ("PyModule_Create2", "") in symbols and "memcpy" in dict(symbols)
     assert re.fullmatch(r"GLIBC_2\.\d+(\.\d+)?", dict(symbols)["memcpy"])
@@ -45,10 +45,10 @@ def test_what_a_binary_imports_is_found_with_its_library_and_version():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are for x86-64")
 def test_a_function_of_a_newer_glibc_is_an_obstacle_which_its_name_is_told_of(tmp_path):
     compiled(tmp_path, 'extern "C" double exp(double);', 'extern "C" double f(double x) { return exp(x); }')
-    version = dict(wheel.imports((tmp_path / "library.so").read_bytes())[1])["exp"]
+    version = dict(build_wheel.imports((tmp_path / "library.so").read_bytes())[1])["exp"]
     if version == "GLIBC_2.2.5":
         pytest.skip("the glibc here has no newer exp")
-    found, = wheel.obstacles((tmp_path / "library.so").read_bytes())
+    found, = build_wheel.obstacles((tmp_path / "library.so").read_bytes())
     assert found.startswith(f"It needs exp of {version}: ")
 
 
@@ -56,7 +56,7 @@ def test_a_library_that_not_every_machine_has_is_an_obstacle(tmp_path):
     compiled(tmp_path, "int cudaMalloc(void**, unsigned long) { return 0; }", flags=["-Wl,-soname,libcudart.so.13"])
     (tmp_path / "library.so").rename(tmp_path / "libcudart.so.13")
     needing = compiled(tmp_path, "", flags=["-Wl,--no-as-needed", "-L.", "-l:libcudart.so.13"])
-    assert "It needs libcudart.so.13, which not every machine has." in wheel.obstacles(needing)
+    assert "It needs libcudart.so.13, which not every machine has." in build_wheel.obstacles(needing)
 
 
 # ---- Another CUDA ------------------------------------------------------------------------------------------------
@@ -129,6 +129,6 @@ def test_the_cpu_sources_compile_and_link_for_aarch64(tmp_path):
     subprocess.run([CROSS, "-shared", *objects, "-o", tmp_path / "_C.so"], check=True)
     binary = (tmp_path / "_C.so").read_bytes()
     assert int.from_bytes(binary[18:20], "little") == 183  # EM_AARCH64
-    _, symbols = wheel.imports(binary)
+    _, symbols = build_wheel.imports(binary)
     names = {name for name, _ in symbols}
     assert "PyModule_Create2" in names and not [name for name in names if name.startswith("_ZN9ldm_fused")]

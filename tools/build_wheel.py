@@ -1,7 +1,7 @@
 """make wheel: a wheel for many machines, built from the source distribution.
 
-    python tools/wheel.py cpu                 # or cu13, cu12: with CUDA kernels for that major version
-    python tools/wheel.py cpu --source .      # of a source tree as it is, with what is compiled there
+    python tools/build_wheel.py cpu                 # or cu13, cu12: with CUDA kernels for that major version
+    python tools/build_wheel.py cpu --source .      # of a source tree as it is, with what is compiled there
 
 Its tag says that it runs with glibc 2.28, and its version which variant it is: 0.2.0+cu13. A binary of which the tag
 would not be true is refused.
