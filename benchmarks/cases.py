@@ -28,7 +28,7 @@ def run(args, save: Callable[[List[Row]], None] = lambda rows: None) -> List[Row
     if not todo:
         sys.exit("nothing to run: no chosen shape has that layout, or a block, or is of a model that people train, or"
                  " is within --max-mb")  # fmt: skip
-    machine.keep_freed_memory()
+    machine.keep_freed_memory(not args.fresh_memory)
     places = {id(row): (args.levels.index(row.level), i) for i, row in enumerate(todo)}
     in_order = lambda rows: sorted(rows, key=lambda row: places[id(row)])  # noqa: E731
     progress, limit = Progress(len(todo)), budget(args)

@@ -116,8 +116,8 @@ def proc_fields(path: str) -> Dict[str, int]:
     return {name: int(value.split()[0]) << 10 for name, value in pairs}
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory and hand it out again.
+def keep_freed_memory(keep: bool = True) -> None:
+    """Makes glibc keep freed memory and hand it out again, or take each tensor of 128 KiB and more from the system.
 
     Otherwise it depends on what was freed before whether a call pays the page faults of fresh memory. Tensors of 32 MiB
     and more always pay them: glibc keeps no larger pieces.
@@ -127,7 +127,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    mallopt(mmap_threshold, 32 << 20)
+    mallopt(mmap_threshold, 32 << 20 if keep else 128 << 10)
     mallopt(trim_threshold, (1 << 31) - 1)
 
 

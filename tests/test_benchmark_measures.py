@@ -2,13 +2,15 @@
 
 import collections
 import math
+import platform
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import autoencoder, cases, measure, providers, report, workloads
+from benchmarks import autoencoder, cases, machine, measure, providers, report, workloads
 
 
 # ---- workloads
@@ -69,6 +71,20 @@ def test_bandwidth_and_share_of_copy():
     row = report.Row(workloads.Workload("custom", (2, 32, 10)), "op", "training", "contiguous", "float32", 4, "cpu")
     row.cells["ours"], row.copy = report.Cell(timing=second), second
     assert row.bandwidth() == 5 * 640 * 4 and row.copy_bandwidth() == 2 * 640 * 4 and row.copy_share() == 2.5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such switch")
+def test_freed_memory_is_handed_out_again_unless_fresh_memory_is_wanted():
+    def faults(keep):
+        machine.keep_freed_memory(keep)
+        torch.ones(2**20)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(64):
+            torch.ones(2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    fresh, kept = faults(False), faults(True)
+    assert kept < 64 <= fresh  # where pages are huge, a tensor has two
 
 
 def test_kept_bytes_count_each_storage_once_and_no_parameter():
