@@ -4,13 +4,12 @@ import collections
 import math
 import platform
 import resource
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import autoencoder, cases, machine, measure, providers, report, workloads
+from benchmarks import autoencoder, machine, measure, providers, report, workloads
 
 
 # ---- workloads
@@ -77,14 +76,13 @@ def test_bandwidth_and_share_of_copy():
 def test_freed_memory_is_handed_out_again_unless_fresh_memory_is_wanted():
     def faults(keep):
         machine.keep_freed_memory(keep)
-        torch.ones(2**20)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(64):
             torch.ones(2**20)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    fresh, kept = faults(False), faults(True)
-    assert kept < 64 <= fresh  # where pages are huge, a tensor has two
+    fresh, kept = faults(False), faults(True)  # the first of the latter are of fresh memory too
+    assert fresh >= 64 and kept < fresh / 8
 
 
 def test_kept_bytes_count_each_storage_once_and_no_parameter():
