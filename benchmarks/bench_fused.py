@@ -116,8 +116,8 @@ def parser() -> argparse.ArgumentParser:
     add("--min-run-time", type=float, default=0.25, metavar="S", help="seconds to time each provider for (0.25)")
     add("--budget", type=float, metavar="S", help="start no case after so many seconds; the suites take turns, so that"
                                                   " all of them are cut alike")  # fmt: skip
-    add("--fresh-memory", action="store_true", help="on a CPU each result lies in memory fresh from the system, with its"
-                                                    " page faults, not in what was freed before")  # fmt: skip
+    add("--fresh-memory", action="store_true", help="of the op and the block on a CPU: each result lies in memory fresh"
+                                                    " from the system, with its page faults")  # fmt: skip
     add("--prepare", type=int, metavar="N", help="time nothing: compile the cases in N processes, and torch.compile's"
                                                  " cache will have them for the next run; with --budget, those that"
                                                  " there is time for")  # fmt: skip
@@ -152,7 +152,7 @@ def main(argv=None) -> int:
         print(cases.prepare(args))
         return 0
 
-    environment = machine.describe(args.device)
+    environment = {**machine.describe(args.device), "fresh_memory": args.fresh_memory}
     print(machine.headline(environment), flush=True)
     if machine.busy():
         print(f"load average {environment['load']}: other programs are running, timings will be noisy", file=sys.stderr)

@@ -198,8 +198,8 @@ def _plain(x, num_groups, weight, bias, eps, activation) -> Optional[Tensor]:
 def _is_pytorchs(x, num_groups, weight, bias) -> bool:
     """Whether PyTorch's own kernel takes the place of the op without an activation: on a CPU, in contiguous float32.
 
-    There is nothing to fuse, and both read, write and keep as much. In channels_last PyTorch's kernel loses digits, and
-    in contiguous tensors of 16 bits it is the slower one (benchmarks/NOTES.md).
+    There is nothing to fuse, and both read, write and keep as much. In channels_last PyTorch's kernel loses digits. In
+    contiguous bfloat16 it is the slower one forward (benchmarks/NOTES.md).
     """
     return (x.is_cpu and x.dtype is torch.float32 and x.numel() >= _LEAST_HANDED_OVER and x.is_contiguous()
             and x.dim() > 1 and x.shape[0] * num_groups < x.numel()  # more than 1 value per group

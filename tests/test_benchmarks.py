@@ -32,10 +32,11 @@ UNCOMPILED = ["--providers", "eager,F.silu,ours"]
 
 @pytest.fixture(autouse=True)
 def threads():
-    """The benchmark sets the number of threads for good."""
+    """The benchmark sets the number of threads for good, and where memory comes from."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    machine.keep_freed_memory()
 
 
 def bench(*options):
@@ -78,7 +79,7 @@ def test_recomputation_is_a_provider_where_it_differs_from_ours(monkeypatch, opt
     assert ("recompute" in asked[0]) == expected
 
 
-@pytest.mark.parametrize("options", [["--op", "--forward"], ["--layout", "both"]])
+@pytest.mark.parametrize("options", [["--op", "--forward"], ["--op", "--fresh-memory"], ["--layout", "both"]])
 def test_results_come_out(tmp_path, capsys, options):
     assert bench(*options, "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv") == 0
     printed = capsys.readouterr().out
@@ -87,6 +88,7 @@ def test_results_come_out(tmp_path, capsys, options):
     found = json.loads((tmp_path / "r.json").read_text())
     named = found["environment"]
     assert named["torch"] == torch.__version__ and named["machine"] and named["date"] and "commit" in named
+    assert named["fresh_memory"] == ("--fresh-memory" in options)
     levels = {r["level"] for r in found["results"]}
     assert levels == ({"op"} if "--op" in options else {"op", "block"})
     for result in found["results"]:

@@ -43,9 +43,10 @@ void column_moments(const X* x, const Columns& columns, A* mean, A* m2) {
           (widen(x[c]) * A(0.25) + widen(second[c]) * A(0.25)) + (widen(third[c]) * A(0.25) + widen(last[c]) * A(0.25));
       off[c] = squares[c] = 0;
     }
-    const bool in_steps = columns.ahead || sizeof(X) == 2;  // else in memory's order, there being little to compute
+    // Several pixels share loads and stores of the sums. A whole sample of 32-bit numbers is read faster one by one.
+    const bool together = columns.ahead || sizeof(X) == 2;
     int64_t p = 0;
-    for (; in_steps && p + kPixels <= pixels; p += kPixels) {
+    for (; together && p + kPixels <= pixels; p += kPixels) {
       add_deviations<kPixels>(x + p * stride, stride, block, center, share, off, squares);
     }
     for (; p < pixels; ++p) add_deviations<1>(x + p * stride, stride, block, center, share, off, squares);
@@ -65,7 +66,7 @@ LDM_FUSED_INLINE void apply_pixels(const X* x, Y* y, const Columns& columns, con
   const Along<A> center{affine.center}, slope{affine.slope}, offset{affine.offset};
   int64_t c = 0;
   for (; c + W <= columns.channels; c += W) {
-    if (Silu) {  // without it nothing hides what it takes to ask, and the processor sees by itself what comes next
+    if (Silu) {  // without it pixels are walked in memory's order, which the processor prefetches by itself
       prefetch_pixels<K>(x + columns.ahead, stride, c);
       prefetch_pixels<K>(x + kAhead * stride, stride, c);
       prefetch_pixels_to_write<K>(y + kAhead / 2 * stride, stride, c);

@@ -1,7 +1,7 @@
 // Stand-ins for the AVX-512 instructions that the CPU's kernels name, for a processor that has AVX2 and lacks them.
 // With -Itests/avx512 this is found before the compiler's own header. It makes code for AVX2 of kernels_avx512.cpp and
-// kernels_avx512_bf16.cpp: the compiler takes vectors of 64 bytes apart by itself. Each stand-in does what Intel's
-// manual says of the instruction, as far as the kernels ask for it.
+// kernels_avx512_bf16.cpp: the compiler takes vectors of 64 bytes apart by itself. Each stand-in does what Intel
+// documents of the instruction, as far as the kernels ask for it.
 #pragma once
 
 #include_next <immintrin.h>
