@@ -25,6 +25,8 @@ torch.set_num_threads(max(2, torch.get_num_threads()))
 def pytest_collection_finish():
     """Torch and the tests have half a million objects, which live as long as the process: the collector need not look
     at them each time."""
+    if emulated.is_compiled():
+        raise pytest.UsageError("a file of tests compiles the emulator, for minutes, before any test asks for it")
     gc.collect()
     gc.freeze()
 

@@ -1,12 +1,14 @@
 """The package's CUDA operators, run by the emulator on CPU tensors: ``torch.ops.ldm_fused_emulated``.
 
-They run on a small device by default; LDM_FUSED_EMULATED_DEVICE names one of ``DEVICES`` instead.
+They run on a small device by default; LDM_FUSED_EMULATED_DEVICE names one of ``DEVICES`` instead. With
+LDM_FUSED_EMULATOR=none a test that asks for them is skipped.
 """
 
 import itertools
 import os
 from contextlib import contextmanager
 
+import pytest
 import torch
 from emulator import build
 
@@ -47,6 +49,8 @@ class _Library:
     """The compiled kernels. They compile for minutes, so a run that uses none of them does without."""
 
     def __getattr__(self, name):
+        if os.environ.get("LDM_FUSED_EMULATOR") == "none":
+            pytest.skip("LDM_FUSED_EMULATOR=none")
         module = build.load("library")  # registers the kernels
         module.set_device(_current)
         self.__dict__.update(vars(module))
@@ -54,6 +58,11 @@ class _Library:
 
 
 _library = _Library()
+
+
+def is_compiled():
+    """Whether something here has asked for the kernels."""
+    return bool(vars(_library))
 
 
 def __getattr__(name):

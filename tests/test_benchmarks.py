@@ -504,10 +504,10 @@ def test_dispatch_is_timed_in_turns_and_leaves_the_ops_as_they_were(capsys):
             assert len(times) == 8 and all(0 < least <= median for least, median in zip(times[::2], times[1::2]))
 
 
-def test_dispatch_takes_cudas_way(monkeypatch):
+def test_dispatch_takes_the_emulated_ops(monkeypatch):
     calls = []
-    ways = {name: lambda *a, name=name, op=op: calls.append(name) or op(*a) for name, op in dispatch.EMULATED.items()}
-    monkeypatch.setattr(dispatch, "EMULATED", ways)
+    ways = {name: lambda *a, name=name, op=op: calls.append(name) or op(*a) for name, op in dispatch.cudas_ops().items()}
+    monkeypatch.setattr(dispatch, "cudas_ops", lambda: ways)
     for trains in (False, True):
         dispatch.measure((2, 64, 4), trains, rounds=1, calls=1)  # and one that warms up
     training = ["group_norm_act_training", "group_norm_act_training_backward"]
