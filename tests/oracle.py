@@ -65,12 +65,12 @@ def laid_out(x, layout):
 
 
 def make_case(shape, num_groups, dtype=torch.float32, layout="contiguous", *, seed=0, options=GRADIENTS[1:],
-              parameter_dtype=None, out_dtype=None, mean=1.0, **constants):
+              parameter_dtype=None, out_dtype=None, mean=1.0, device="cpu", **constants):
     """A case of fresh random data with the named optional parameters; None where the layout does not exist."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64, device=device)
 
     batch, channels = shape[:2]
     x = laid_out((random(*shape) * 1.5 + mean).to(dtype), layout)
@@ -132,7 +132,7 @@ def assert_within_bound(case, results, expected=None, baseline=None):
 
 
 def _error(result, exact):
-    return result.detach().cpu().double() - exact
+    return result.detach().to(exact.device).double() - exact
 
 
 def _root_mean_square(t):
@@ -145,9 +145,9 @@ def _largest(t):
 
 def _sum_of_magnitudes(case):
     """The most that is added up, in magnitude, for the gradient of one parameter: |dy| (1 + |normalized x|) * gain."""
-    x = case.x.double().cpu()
+    x = case.x.double()
     grouped = x.reshape(x.shape[0], case.num_groups, -1)
     normalized = ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-30)).reshape(x.shape)
-    terms = case.dy.double().cpu().abs() * (1 + normalized.abs())
-    gain = 1 if case.scale is None else 1 + case.scale.double().cpu().abs().max()
+    terms = case.dy.double().abs() * (1 + normalized.abs())
+    gain = 1 if case.scale is None else 1 + case.scale.double().abs().max()
     return gain * terms.reshape(*x.shape[:2], -1).sum(dim=(0, 2)).max().item()

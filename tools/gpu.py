@@ -268,19 +268,21 @@ def sanitizer(run: Run):
     path = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), toolkit]))
     if run.args.device == "cpu" or not path:
         return "not available", ["it needs a GPU" if run.args.device == "cpu" else "compute-sanitizer is not installed"]
+    # Each tool's cases in two processes, with ports of their own.
+    runs = [(tool, f"part {i} of 2", ["--part", f"{i}/2"]) for tool in TOOLS for i in (1, 2)]
+    runs += [(tool, "a mistake on purpose", ["--wrong", mistake]) for tool, (mistake, _) in MISTAKES.items()]
     jobs, limit = {}, run.left() - 3
-    for tool, mistake in [(tool, "") for tool in TOOLS] + [(tool, name) for tool, (name, _) in MISTAKES.items()]:
+    for tool, what, arguments in runs:
         command = [path, "--tool", tool, "--error-exitcode", 99, "--print-limit", 20]
         command += ["--kernel-name", "kns=ldm_fused"]  # not PyTorch's kernels: the script keeps them out of the way
-        command += ["--port", 49152 + 64 * len(jobs)]  # tools side by side, each with ports of its own
-        command += [sys.executable, SMALL_CASES, *(["--wrong", mistake] if mistake else [])]
-        name = " ".join(filter(None, ["sanitizer", tool, mistake]))
-        jobs[tool, mistake] = run.start(name, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        command += ["--port", 49152 + 64 * len(jobs), sys.executable, SMALL_CASES, *arguments]
+        name = f"sanitizer {tool}, {what}"
+        jobs[tool, what] = run.start(name, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
     run.wait(*jobs.values())
     verdicts = {}
-    for (tool, mistake), job in jobs.items():
-        sign = MISTAKES[tool][1] if mistake else ""
-        verdicts[f"{tool}, a mistake on purpose" if mistake else tool] = sanitized(job.output(), job.status, sign)
+    for (tool, what), job in jobs.items():
+        sign = MISTAKES[tool][1] if "mistake" in what else ""
+        verdicts[f"{tool}, {what}"] = sanitized(job.output(), job.status, sign)
     run.data["sanitizer"] = verdicts
     notes = [f"{name}: {verdict['why']}" for name, verdict in verdicts.items() if verdict["status"] != "passed"]
     return worst([verdict["status"] for verdict in verdicts.values()]), notes

@@ -10,6 +10,7 @@ by their template arguments, have not run: none, or it fails.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from oracle import GRADIENTS, assert_within_bound, eager, make_case, oracle  # n
 
 from ldm_fused import _C, reference  # noqa: E402
 from tools import instances  # noqa: E402
+from tools.part import part  # noqa: E402
 
 SHAPES = [
     ((2, 64, 8, 8), 32),  # a few threads a row, vectors
@@ -116,10 +118,10 @@ def check_residual(case):
     torch.testing.assert_close(sums.cpu().double(), x.cpu().double().sum(axes), rtol=0, atol=1e-6 * scale)
 
 
-def run_all(device, shapes=SHAPES, every_pair=False):
-    """Runs and checks every case; returns how many there were."""
-    count = 0
-    for case in cases(shapes, every_pair):
+def run_all(device, shapes=SHAPES, every_pair=False, part=(0, 1)):
+    """Runs and checks every case, or one part of all; returns how many there were."""
+    count, (index, parts) = 0, part
+    for case in itertools.islice(cases(shapes, every_pair), index, None, parts):
         expected, baseline = oracle(case), eager(case)
         for offset in (0, 1) if case.x.numel() < LARGE[0] else (0,):  # one off, there are no aligned vectors
             moved = on(device, case, offset)
@@ -133,9 +135,13 @@ def run_all(device, shapes=SHAPES, every_pair=False):
     return count
 
 
+def normalize(x):
+    torch.ops.ldm_fused.group_norm_act_inference(x, 32, None, None, 1e-5, True)
+
+
 def unwritten(device):
     """A mistake that initcheck must find: x was never written."""
-    torch.ops.ldm_fused.group_norm_act(torch.empty(2, 64, 8, 8, device=device), 32, None, None, 1e-5, True)
+    normalize(torch.empty(2, 64, 8, 8, device=device))
 
 
 def outside(device):
@@ -145,7 +151,7 @@ def outside(device):
     class Longer:
         __cuda_array_interface__ = dict(shape=(4, 64, 64), typestr="<f4", data=(memory.data_ptr(), False), version=3)
 
-    torch.ops.ldm_fused.group_norm_act(torch.as_tensor(Longer(), device=device), 32, None, None, 1e-5, True)
+    normalize(torch.as_tensor(Longer(), device=device))
     torch.cuda.synchronize()
 
 
@@ -170,6 +176,7 @@ def main():
     p.add_argument("--device", default="cuda")
     p.add_argument("--wrong", choices=["unwritten", "outside"], help="make this mistake, and nothing else")
     p.add_argument("--instances", action="store_true", help="more cases, for every instance of every kernel")
+    p.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="of the cases, for processes side by side")
     args = p.parse_args()
     if args.wrong:
         {"unwritten": unwritten, "outside": outside}[args.wrong](args.device)
@@ -179,7 +186,7 @@ def main():
         print(f"cases right: {count}\n{verdict(held, found)}")
         sys.exit(bool(held - found) or (args.device == "cuda" and not held))
     else:
-        print(f"cases right: {run_all(args.device)}")
+        print(f"cases right: {run_all(args.device, part=args.part)}")
 
 
 if __name__ == "__main__":
