@@ -84,7 +84,8 @@ def resnet(
         h, x = checkpoint(first_half, x, use_reentrant=False)
         h = checkpoint(lambda h: second_half([h]), h, use_reentrant=False)
     else:
-        *held, x = first_half(x)
+        held = list(first_half(x))  # not *held, x = ...: torch.compile of 2.11 makes that a tuple
+        x = held.pop()
         h = second_half(held)
     shortcut_bias = None
     if shortcut is not None:
