@@ -33,7 +33,7 @@ DEVICES := H200 A100 'RTX 4090' T4
 DEVICE_TESTS = (emulated or test_cuda_kernels and not tier and not order and not workload and not every_device) \
     and not torch.float16
 
-.PHONY: help build test test-integrations hf-kernel devices sanitize bench gpu traffic predict sass mutants wheel \
+.PHONY: help build test test-integrations hf-kernel devices sanitize bench gpu traffic sass mutants wheel \
     wheel-test check-all clean toolkit
 
 help: ## this list
@@ -62,9 +62,6 @@ sanitize: $(READY) ## build with sanitizers, apart, and test the CPU and the emu
 
 traffic: build ## count the bytes that the CUDA kernels move, in the emulator
 	$(PY) tools/traffic.py $(ARGS)
-
-predict: build ## predict times on GPUs that are not at hand, from bytes, instructions and waits; writes them down
-	$(PY) tools/time_model.py --write $(ARGS)
 
 bench: build ## build, then run the benchmark
 	$(PY) benchmarks/bench_fused.py $(ARGS)

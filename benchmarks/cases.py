@@ -41,7 +41,8 @@ def run(args, save: Callable[[List[Row]], None] = lambda rows: None) -> List[Row
         try:
             if needed > free:
                 raise MemoryError(f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-            check_and_time(row, args, progress)
+            with measure.own_stream(args.device):
+                check_and_time(row, args, progress)
         except (MemoryError, RuntimeError) as e:
             if not measure.out_of_memory(e):
                 save(in_order(rows))  # a GPU that a kernel has broken gives no more results

@@ -72,15 +72,13 @@ def runner(contender: Contender, mode: str) -> Callable[..., object]:
 
 
 def backward_runner(contender: Contender) -> Callable[..., object]:
-    """The backward pass alone. Its forward pass runs at the first call with these inputs on this stream, for autograd
-    runs a backward pass where its forward pass ran."""
-    outputs: Dict[tuple, Tensor] = {}
+    """The backward pass alone. Its forward pass runs at the first call with these inputs."""
+    outputs: Dict[int, Tensor] = {}
 
     def run(x, dy):
-        key = id(x), torch.cuda.current_stream() if x.is_cuda else None
-        if key not in outputs:
-            outputs[key] = contender.call(x)
-        return torch.autograd.grad(outputs[key], [x, *contender.parameters], dy, retain_graph=True)
+        if id(x) not in outputs:
+            outputs[id(x)] = contender.call(x)
+        return torch.autograd.grad(outputs[id(x)], [x, *contender.parameters], dy, retain_graph=True)
 
     return run
 
@@ -240,16 +238,23 @@ def wall_timer(run: Callable, sets: List[Inputs]) -> timeit.Timer:
     return timeit.Timer("run(*next(sets))", timer=synchronized, globals=names)
 
 
+def own_stream(device):
+    """A context in which all of a case runs: on CUDA a stream of its own. A graph cannot be captured on the default one,
+    nor of a backward pass whose parameters autograd has met on another one."""
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
 def graph_timer(run: Callable, sets: List[Inputs]) -> timeit.Timer:
-    """A timer of a CUDA graph that holds one call for each of the inputs: no launch or Python time between kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for inputs in sets:  # all of them: a backward pass alone finds its forward pass, on the stream of the capture
-            run(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
+    """A timer of a CUDA graph that holds one call for each of the inputs: no launch or Python time between kernels.
+
+    It is captured on the current stream, see own_stream().
+    """
+    for inputs in sets:  # all of them: a backward pass alone finds its forward pass
+        run(*inputs)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         outputs = [run(*inputs) for inputs in sets]
     # The outputs are kept with the graph: each call of it writes memory of its own.
     return timeit.Timer("graph.replay()", timer=synchronized, globals={"graph": graph, "outputs": outputs})

@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cuda/device.h"
+#include "cuda/plan.h"
 #include "library.h"
 
 STABLE_TORCH_LIBRARY_NAMED(LDM_FUSED_LIBRARY, m) {
@@ -95,6 +96,38 @@ static PyObject* limit_multiprocessors(PyObject*, PyObject* limit) {
   return PyLong_FromLong(ldm_fused::cuda::multiprocessor_limit.exchange(int(most)));
 }
 
+static PyObject* want_plan(PyObject*, PyObject* args) {
+  short two_passes, grid_teams, team, threads;
+  if (!PyArg_ParseTuple(args, "hhhh", &two_passes, &grid_teams, &team, &threads)) return nullptr;
+  ldm_fused::cuda::wanted = ldm_fused::Wanted{two_passes, grid_teams, team, threads};
+  Py_RETURN_NONE;
+}
+
+static PyObject* plan(PyObject*, PyObject* args) {
+  int backward, channels_last, itemsize, ordinal;
+  long long batch, channels, spatial, groups;
+  if (!PyArg_ParseTuple(args, "iLLLLiii", &backward, &batch, &channels, &spatial, &groups, &channels_last, &itemsize,
+                        &ordinal))
+    return nullptr;
+#ifdef USE_CUDA
+  try {
+    using namespace ldm_fused;
+    const Shape shape{batch, channels, spatial, groups, channels_last != 0};
+    const Dtype dtype = itemsize == 2 ? Dtype::bfloat16 : Dtype::float32;
+    const Device device = cuda::device_of(ordinal);
+    const Plan found = backward ? plan_backward(shape, dtype, dtype, true, 2 * itemsize, 2, false, device)
+                                : plan_forward(shape, dtype, dtype, true, 2 * itemsize, device);
+    const Residence& r = found.residence;
+    return Py_BuildValue("(siii)", found.tier(), r.teams, r.team, r.threads);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+#else
+  Py_RETURN_NONE;
+#endif
+}
+
 static PyObject* has_cuda_code(PyObject*, PyObject* device) {
   const long ordinal = PyLong_AsLong(device);
   if (ordinal == -1 && PyErr_Occurred()) return nullptr;
@@ -115,6 +148,12 @@ static PyMethodDef methods[] = {
      "What this binary was built of and runs on, all strings; those of CUDA are empty without it."},
     {"limit_multiprocessors", limit_multiprocessors, METH_O,
      "Sets csrc/cuda/device.h's multiprocessor_limit, and returns what it was."},
+    {"want_plan", want_plan, METH_VARARGS,
+     "Sets csrc/cuda/device.h's wanted plan: two_passes, grid_teams, team, threads."},
+    {"plan", plan, METH_VARARGS,
+     "(tier, teams, team, threads) of a pass: backward, batch, channels, spatial, groups, channels_last, itemsize (2 "
+     "or "
+     "4), CUDA device. None without CUDA kernels."},
     {"has_cuda_code", has_cuda_code, METH_O, "Whether there is code in this binary that the CUDA device runs."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -26,10 +26,12 @@ DEVICES = {  # from NVIDIA's data sheets and the CUDA programming guide's table 
 }
 
 
-def small_device(multiprocessors, kilobytes, clusters):
-    """One whose shared memory tests' tensors can fill."""
+def small_device(multiprocessors, kilobytes, clusters, grid_teams=0):
+    """One whose shared memory tests' tensors can fill. With `grid_teams` plans are grids of so many teams wherever they
+    fit; by the estimates such small tensors would be for two passes."""
     return dict(DEVICES["H200"], multiprocessors=multiprocessors, major=9 if clusters else 8,
-                shared_per_block=kilobytes << 10, shared_per_multiprocessor=(kilobytes + 1) << 10)
+                shared_per_block=kilobytes << 10, shared_per_multiprocessor=(kilobytes + 1) << 10,
+                grid_teams=grid_teams)
 
 
 SMALL = {**DEVICES["H200"], "multiprocessors": 4}  # the default: tests' tensors are small too
@@ -66,9 +68,7 @@ def is_compiled():
 
 
 def __getattr__(name):
-    """The operators, and ESTIMATES: those of csrc/cuda/estimates.h, nanoseconds and bytes a nanosecond."""
-    if name == "ESTIMATES":
-        return dict(_library.estimates)
+    """The operators."""
     if name not in _operators:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _library.set_device(_current)

@@ -14,10 +14,11 @@ DTYPES = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.f
           (torch.float32, torch.bfloat16)]
 # Small enough for tests' tensors to fill: whole groups in a block, a cluster, a grid, in a part of a grid.
 SMALL_DEVICES = {
-    "clusters": emulated.small_device(8, 12, clusters=True),
-    "no clusters": emulated.small_device(8, 12, clusters=False),
-    "four multiprocessors": emulated.small_device(4, 32, clusters=False),
-    "two multiprocessors": emulated.small_device(2, 60, clusters=False),
+    "clusters": emulated.small_device(64, 12, clusters=True),
+    "two teams": emulated.small_device(8, 12, clusters=False, grid_teams=2),
+    "eight teams": emulated.small_device(8, 24, clusters=False, grid_teams=8),
+    "four multiprocessors": emulated.small_device(4, 32, clusters=False, grid_teams=1),
+    "two multiprocessors": emulated.small_device(2, 60, clusters=False, grid_teams=1),
     "no shared memory": emulated.small_device(4, 0, clusters=False),
 }
 # Groups of 4 to 20 channels, one to five items a team, chunks that are no multiple of anything.
@@ -53,13 +54,13 @@ def test_every_tier_adds_the_shortcuts_gradient(name, shape, num_groups, dtype, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("plan_of,shape", [(emulated.plan_forward, (1, 4, 128, 128)),
-                                           (emulated.plan_backward, (1, 4, 64, 128))])
+@pytest.mark.parametrize("plan_of,shape", [(emulated.plan_forward, (1, 4, 128, 208)),
+                                           (emulated.plan_backward, (1, 4, 64, 208))])
 def test_a_thread_waits_for_each_quarter_of_its_item(plan_of, shape, layout):
     case = make_case(shape, 1, layout=layout)
-    with emulated.device(emulated.small_device(2, 200, clusters=False)):
+    with emulated.device(emulated.small_device(2, 227, clusters=False, grid_teams=1)):
         r = plan_of(case.x, 1)["residence"]
-        assert r["kept"] == r["steps"] == 4 * r["segment"]
+        assert 3 * r["segment"] < r["kept"] == r["steps"] <= 4 * r["segment"]
         assert_within_bound(case, all_results(case))
 
 
@@ -80,7 +81,6 @@ def test_cases_above_reach_every_tier(plan_of, layout):
     assert any(r["items"] > r["teams"] and r["slots"] % r["kept"] for r in grids), "slots in turn"
     if layout == "channels_last":
         assert any(r["bundle"] > 1 for r in resident)
-        assert any(r["held"] for r in grids) == (plan_of is emulated.plan_forward)
     else:
         assert any(r["rounds"] > 1 for r in resident) and any(r["parts"] > 1 for r in resident)
 
@@ -133,7 +133,7 @@ def test_extreme_values_stay_in_their_group(name, value, layout):
 
 
 @pytest.mark.parametrize("wanted", range(6), ids=GRADIENTS)
-@pytest.mark.parametrize("name", ["clusters", "no clusters"])
+@pytest.mark.parametrize("name", ["clusters", "two teams"])
 def test_one_gradient_alone_in_any_tier(name, wanted):
     case = make_case((3, 20, 24, 32), 2, layout="channels_last")
     mask = [i == wanted for i in range(6)]
@@ -144,20 +144,12 @@ def test_one_gradient_alone_in_any_tier(name, wanted):
     assert_within_bound(case, {GRADIENTS[wanted]: gradients[wanted]})
 
 
-def test_registers_hold_no_more_than_a_ragged_chunk_in_any_tier():
-    case = make_case((5, 16, 36, 37), 4, layout="channels_last")
-    with emulated.device(SMALL_DEVICES["no clusters"]):
-        r = emulated.plan_forward(case.x, case.num_groups)["residence"]
-        abreast = r["threads"] // 32 * (32 // r["lanes"])
-        assert r["held"] and r["chunk"] % abreast, "the last vector of some threads is not there"
-        assert_within_bound(case, all_results(case))
-
-
-@pytest.mark.parametrize("shape,num_groups,multiprocessors,kilobytes,steps", [((3, 40, 16, 16), 2, 3, 13, 3),
-                                                                              ((1, 48, 10, 10), 1, 2, 5, 1)])
+@pytest.mark.parametrize("shape,num_groups,multiprocessors,kilobytes,steps", [((3, 160, 16, 16), 2, 3, 26, 3),
+                                                                              ((2, 96, 10, 10), 1, 1, 18, 2),
+                                                                              ((1, 48, 10, 10), 1, 4, 6, 1)])
 def test_nothing_is_kept_of_a_unit_in_any_tier(shape, num_groups, multiprocessors, kilobytes, steps):
     case = make_case(shape, num_groups)
-    with emulated.device(emulated.small_device(multiprocessors, kilobytes, clusters=False)):
+    with emulated.device(emulated.small_device(multiprocessors, kilobytes, clusters=False, grid_teams=1)):
         plan = emulated.plan_forward(case.x, num_groups)
         r = plan["residence"]
         assert plan["tier"] == "grid, in part" and r["kept"] == r["steps"] == steps and r["rounds"] > 1
@@ -170,20 +162,11 @@ def test_a_cluster_of_two_in_any_tier(plan_of, layout):
     case = make_case((2, 20, 24, 32), 2, layout=layout)
 
     def plan(kilobytes):
-        with emulated.device(emulated.small_device(2, kilobytes, clusters=True)):
+        with emulated.device(emulated.small_device(16, kilobytes, clusters=True)):
             return plan_of(case.x, 2)
 
     kilobytes = next(kb for kb in range(20, 200) if (p := plan(kb))["tier"] == "cluster" and p["residence"]["team"] == 2)
-    with emulated.device(emulated.small_device(2, kilobytes, clusters=True)):
-        assert_within_bound(case, all_results(case))
-
-
-def test_registers_hold_half_of_a_short_last_chunk_in_any_tier():
-    case = make_case((1, 128, 58, 37), 1, layout="channels_last")
-    with emulated.device(emulated.small_device(32, 16, clusters=False)):
-        r = emulated.plan_forward(case.x, case.num_groups)["residence"]
-        last, abreast = 58 * 37 - r["chunk"] * (r["team"] - 1), r["threads"] // 32 * (32 // r["lanes"])
-        assert 0 < last / abreast - (r["steps"] - r["held"]) < r["held"] - 2
+    with emulated.device(emulated.small_device(16, kilobytes, clusters=True)):
         assert_within_bound(case, all_results(case))
 
 
@@ -212,8 +195,9 @@ def test_no_vector_moves_more_often_than_planned_in_any_tier(name, shape, num_gr
     for plan, launches, tensors in zip(plans, (forward, backward), (1, 2)):
         r = plan["residence"]
         for key, vectors in (("bytes_read", tensors), ("bytes_written", 1)):
+            # What is read again is planned as if each thread had its last vector, which most may lack.
             one_of_each_thread = vectors * r["items"] * r["team"] * r["threads"] * 16
-            allowed = one_of_each_thread / 2 if plan["resident"] else 0.03 * plan[key]
+            allowed = one_of_each_thread if plan["resident"] else 0.03 * plan[key]
             assert abs(sum(launch[key] for launch in launches) - plan[key]) < allowed
 
 
@@ -276,7 +260,7 @@ def assert_covers(r, x, groups, device, tensors):
         assert r["team"] * r["chunk"] * 8 >= spatial and r["parts"] * r["length"] >= r["chunk"]
         assert r["steps"] * r["lanes"] >= r["length"]
         assert r["rounds"] * (r["threads"] // r["lanes"]) >= r["width"] * r["parts"]
-    assert 0 < r["kept"] + r["held"] <= r["rounds"] * r["steps"] and r["kept"] <= r["slots"]
+    assert 0 < r["kept"] <= r["rounds"] * r["steps"] and r["kept"] <= r["slots"]
     assert r["slots"] * r["threads"] * 16 * tensors < r["shared_bytes"] <= device["shared_per_block"]
 
 
@@ -293,17 +277,20 @@ def assert_tiles(tiling, x):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_workload_is_read_once_on_an_H200(layout):
+def test_an_H200_reads_workloads_of_less_than_32_MB_once(layout):
+    """Larger ones some of it twice, or all of it in two passes, where that has been measured to be faster."""
     for workload in workloads.load():
         x = tensor_of(workload, layout)
         if x is None:
             continue
-        limit = 2 * x.numel() * x.element_size()
+        bytes = x.numel() * x.element_size()
         with emulated.device(emulated.DEVICES["H200"]):
-            plan = emulated.plan_forward(x, workload.groups)
-        assert plan["resident"]
-        if "in part" not in plan["tier"]:
-            assert plan["bytes_read"] + plan["bytes_written"] < 1.07 * limit, workload
+            plans = plans_of(x, workload.groups)
+        for plan, passes in zip(plans, (2, 3)):
+            if bytes < 32 << 20:
+                assert plan["resident"], workload
+            if plan["tier"] in ("block", "cluster", "grid"):
+                assert plan["bytes_read"] + plan["bytes_written"] < 1.12 * passes * bytes, workload
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -313,7 +300,7 @@ def test_batch_1_with_32_groups_fills_the_chip(layout):
         with emulated.device(properties):
             plan = emulated.plan_forward(x, 32)
         if plan["resident"]:
-            assert plan["residence"]["team"] * plan["residence"]["teams"] >= 0.9 * properties["multiprocessors"]
+            assert plan["residence"]["team"] * plan["residence"]["teams"] >= 0.85 * properties["multiprocessors"]
         else:
             grid = plan["reduce"]["grid"]
             assert grid[0] * grid[1] >= 7 * properties["multiprocessors"]

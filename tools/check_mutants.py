@@ -74,16 +74,11 @@ HARMLESS = [
     ("round * r.steps < r.kept; ++round", "bound + 1", "nothing of that round is kept"),
     ("(i += 32) < number", "bound + 1", "what it reads, of the block's own tables, goes unused"),
     ("if (lane_index() < number)", "bound + 1", "what it reads, of the block's own tables, goes unused"),
-    ("i < kHeld;", "bound + 1", "no thread has so many vectors behind the steps"),
     ("span.count > 0 ? slots", "bound + 1", "one vector needs no shift: its mean comes first, and is as good"),
-    ("i < kHeld - 1", "bound + 1", "fewer than kHeld exist there"),
-    ("i < kHeld; i += kBatch", "bound - 1", "8 and 16 are multiples of a batch"),
     ("chunk > 0 ?", "bound - 1", "what no vector went into counts for nothing"),
-    ("r.held > 0", "bound + 1", "8 or 16 or none"),
     ("int lanes = kRun; lanes < 32", "bound - 1", "it goes by powers of two"),
     ("count > 0 ? own.count", "bound + 1", "counts are of whole vectors"),
     ("count > 0 ? own.count", "bound - 1", "what no vector went into counts for nothing"),
-    ("r.held > 0", "bound - 1", "where none is held, no vector is behind the steps"),
 ]
 
 

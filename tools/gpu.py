@@ -300,7 +300,7 @@ def timings(run: Run):
         notes.append(f"compiling ahead for torch.compile {prepare.status}")
     left = run.left() - (DECODER if "decoder" in run.args.stages else 0)
     # The rest is for the start and for the case in which the budget ends.
-    options = [*fixed, "--budget", max(1, round(left - 20))]
+    options = [*fixed, "--budget", max(1, round(left - 14))]
     options += ["--json", out / "timings.json", "--csv", out / "timings.csv"]
     job = run.python("timings", options, left)
     run.wait(job)

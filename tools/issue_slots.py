@@ -26,11 +26,10 @@ A basic block that holds a single exponential is a chain of dependent instructio
 it is a fault.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from tools.devices import DEVICES
 from tools.main_way import Kernel
@@ -261,13 +260,3 @@ def report(costs, every_kernel=False):
     on = ", ".join(f"{name} {shares[name][0]} / {shares[name][2]}" for name in ("H100", "H200"))
     return not wrong, (f"issue: forward worst {forward} instructions an element, backward worst {backward}; "
                        f"{on} of the issue slots at copy bandwidth")
-
-
-def write(costs, registers, path):
-    """Leaves {kernel: {phase: Phase}} for the time model, where a phase "..., not kept" comes in place of the other, and
-    beside the phases `alone`, exponentials that are alone in their basic block, and `registers` of a thread."""
-    path.write_text(json.dumps({name: {
-        "registers": registers[name], "alone": len(cost.lone),
-        **{phase: asdict(some) for phase, some in cost.phases.items()},
-        **{f"{phase}, not kept": asdict(some) for phase, some in cost.again.items()}} for name, cost in costs.items()},
-        indent=1))

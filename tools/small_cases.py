@@ -42,12 +42,12 @@ SHAPES = [
 DTYPES = [
     (torch.float32, None),
     (torch.bfloat16, None),
-    (torch.float16, None),
     (torch.bfloat16, torch.float32),
     (torch.float64, None),
 ]
 LARGE = 10**5, DTYPES[:2]
 EVERY_PAIR = DTYPES + [
+    (torch.float16, None),
     (torch.float16, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),

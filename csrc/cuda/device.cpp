@@ -71,6 +71,7 @@ Device device_of(int ordinal) {
   STD_TORCH_CHECK(found.has_code, "this build of ldm_fused has no code that CUDA device ", ordinal, " runs");
   const int limit = multiprocessor_limit;
   Device device = found.device;
+  device.wanted = wanted;
   if (limit > 0) device.multiprocessors = std::min(device.multiprocessors, limit);
   device.grids = device.grids && limit != 0 && device.multiprocessors < found.refused_grid;
   return device;

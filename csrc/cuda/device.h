@@ -2,20 +2,32 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 namespace ldm_fused {
 
 constexpr int kLargestCluster = 16;  // where there are clusters
 constexpr int kPortableCluster = 8;  // above, it depends on the kernel and on the device's layout
 
+// What a plan must be, where it is possible; 0: as the estimates say. For tests, whose tensors are too small for most
+// plans to be fast, and for benchmarks/plans.py, which times them all.
+struct Wanted {
+  int16_t two_passes;
+  int16_t grid_teams;     // of a grid
+  int16_t team, threads;  // of a block (1) or a cluster
+};
+
 struct Device {
   int multiprocessors;   // that a plan may use
   int shared_per_block;  // bytes, for a kernel that asks for more than 48 KB
   int max_cluster;       // blocks of a cluster; 1: there are none
   bool grids = true;     // whether a launch may wait until it has all of them for itself
+  Wanted wanted{};
 };
 
 namespace cuda {
+
+inline std::atomic<Wanted> wanted{};
 
 // Multiprocessors that plans may use from now on; 0: all, but no grids; below 0: all.
 inline std::atomic<int> multiprocessor_limit{-1};

@@ -1,40 +1,48 @@
-// How long things take: the plan's estimates, which tools/time_model.py uses too. Plain C++.
+// How long things take: the estimates that plans are chosen by. Plain C++.
 //
-// No GPU has run these kernels, so none of these numbers is measured here. They come from:
-//   kBytesPerNanosecond  an H200's data sheet: 90 % of 4.8 TB/s, over 132 multiprocessors. Other devices move less, but
-//                        their waits are about as long: there the plan gives waits too much weight;
-//   kComputedPerNanosecond  four warps of 32 lanes a cycle at 1.755 GHz (H100), over the 16 and 26 instructions that
-//                        `make sass` counts for an element of bfloat16, forward and backward, of 4 and 6 bytes;
-//   kLaunch              what one kernel leaves idle between two others: published measurements of empty kernels in a
-//                        stream or a graph are 1 to 3 us;
-//   kClusterWait         a barrier of a cluster and reads of distributed shared memory, of 180 cycles each (Luo et al.,
-//                        arXiv:2402.13499, on an H100), are some 0.3 us; the rest is that blocks do not end together;
-//   kWait                a barrier through global memory takes three to four trips to L2, about 1.5 us for a whole V100
-//                        (Zhang et al., arXiv:2004.05371); the rest, again, is that blocks do not end together;
-//   kHiddenWait          a guess of how much of kWait is left while the next item's loads keep memory busy.
+// Fitted to the times of all plans on an H200, of 28 of the workloads' shapes in bfloat16, both layouts and passes
+// (`python benchmarks/plans.py`; benchmarks/NOTES.md, "Measured times"). They are for choosing: as times they err by 15
+// %. All devices are taken for an H200 with fewer multiprocessors. Where memory is slower, waits have too much weight.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace ldm_fused {
 
-constexpr double kBytesPerNanosecond = 32;     // that one multiprocessor moves
-constexpr double kComputedPerNanosecond = 54;  // bytes whose elements it computes, of all that are moved
-constexpr double kLaunch = 2000;               // nanoseconds between dependent kernels
-constexpr double kClusterWait = 1000;          // that a cluster waits for its last block
-constexpr double kWait = 2000;                 // the same for a team of a grid
-constexpr double kHiddenWait = 500;            // the same while the next item's loads are in flight
+// Of one pass's kernels.
+struct Rates {
+  double block;  // bytes a nanosecond that a multiprocessor's blocks move, one item each
+  double rank;   // nanoseconds that a grid's team waits longer for each block that it has
+};
 
-// Nanoseconds of a multiprocessor that takes `items` in turn, moves `bytes` of each and waits. `alone`: nothing is
-// moved while it computes.
-inline double time_of_items(int64_t items, double bytes, double wait, bool alone) {
-  const double computing = alone ? bytes / kComputedPerNanosecond : 0;
-  return double(items) * (bytes / kBytesPerNanosecond + computing + wait);
+constexpr Rates kForwardRates{28, 20}, kBackwardRates{22, 90};
+constexpr double kUsedByClusters = 10.0 / 11;  // of the multiprocessors, by clusters of four and more
+constexpr double kBlock = 3700;                // nanoseconds of a block besides what it moves
+constexpr double kDoubled = 400;               // the same more for each time that its cluster is doubled
+constexpr double kIdle = 0.3;                  // so much longer with half the threads that a multiprocessor takes
+constexpr double kWait = 5000;                 // nanoseconds that a grid's team waits for its last block
+constexpr double kGridRate = 22;               // bytes a nanosecond that a multiprocessor moves in a grid
+constexpr double kAgainRows = 40;              // the same of what it reads again, contiguous; mostly from L2
+constexpr double kStreamedRows = 32, kStreamedColumns = 25;  // the same in two passes
+constexpr double kStreaming = 16000;  // nanoseconds of two passes besides, more than one kernel's
+
+// Nanoseconds of `rounds` of clusters, in each of which a multiprocessor moves `bytes`. `full`: the part of the threads
+// that it takes which it has.
+inline double time_of_clusters(int64_t rounds, double bytes, int team, double full, const Rates& rates) {
+  const double besides = kBlock + kDoubled * std::log2(team);
+  return double(rounds) * (besides + bytes / rates.block * (1 + (full < 1 ? kIdle * (1 / full - 1) : 0)));
 }
 
-// Nanoseconds of dependent kernels that together move `bytes`.
-inline double time_of_kernels(int kernels, double bytes, int multiprocessors) {
-  return bytes / multiprocessors / kBytesPerNanosecond + kernels * kLaunch;
+// Nanoseconds of a multiprocessor that takes `items` in turn, moves `bytes` of each, and reads some `again`.
+inline double time_of_grid(int64_t items, double bytes, double again, bool columns, int team, const Rates& rates) {
+  const double moving = bytes / kGridRate + again / (columns ? kGridRate : kAgainRows);
+  return double(items) * (moving + kWait + rates.rank * team);
+}
+
+// Nanoseconds of two passes in which a multiprocessor moves `bytes`.
+inline double time_of_streaming(double bytes, bool columns) {
+  return kStreaming + bytes / (columns ? kStreamedColumns : kStreamedRows);
 }
 
 }  // namespace ldm_fused

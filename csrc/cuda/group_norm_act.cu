@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda/host.h"
+#include "cuda/plan_memory.h"
 #include "cuda/resident_backward.cuh"
 #include "cuda/resident_forward.cuh"
 #include "cuda/two_pass_backward.cuh"
@@ -23,7 +24,7 @@ void narrow(Device& device, const Plan& plan, cudaError_t error, int ordinal) {
   const Residence& r = plan.residence;
   switch (r.exchange) {
     case Exchange::block: device.shared_per_block = 0; break;
-    case Exchange::cluster: device.max_cluster = error == kFewClusters ? kPortableCluster : r.team / 2; break;
+    case Exchange::cluster: device.max_cluster = error == kNoClusters ? kPortableCluster : r.team / 2; break;
     case Exchange::grid:
       device.grids = false;
       forbid_grids(ordinal, int(r.blocks()));
@@ -37,9 +38,9 @@ template <class F>
 void launch_what_fits(int ordinal, const char* what, F&& attempt) {
   for (Device device = device_of(ordinal);;) {
     const auto [plan, error] = attempt(device);
-    if (!plan.resident || !(error == kFewClusters || is_refusal(error))) return check(error, what);
+    if (!plan.resident || !(error == kNoClusters || is_refusal(error))) return check(error, what);
     const Residence& r = plan.residence;
-    STD_TORCH_CHECK(error == kFewClusters || !is_strict(), what, ": LDM_FUSED_STRICT_PLAN is 1, and device ", ordinal,
+    STD_TORCH_CHECK(error == kNoClusters || !is_strict(), what, ": LDM_FUSED_STRICT_PLAN is 1, and device ", ordinal,
                     " refused the plan '", plan.tier(), "' of ", r.teams, " teams of ", r.team, " blocks of ",
                     r.threads, " threads with ", r.shared_bytes,
                     " bytes of shared memory: ", cudaGetErrorString(error));
@@ -73,8 +74,11 @@ void run_forward(const ForwardCall& call) {
   const ForwardArgs& args = call.args;
   const int ordinal = call.x.get_device_index();
   launch_what_fits(ordinal, "group_norm_act", [&](const Device& device) {
-    const Plan plan = plan_forward(args.shape, args.x_dtype, args.y_dtype, is_aligned(args.x),
-                                   args.affine.bytes_per_channel(), device);
+    const int64_t bytes = args.affine.bytes_per_channel();
+    const bool aligned = is_aligned(args.x);
+    const Plan plan = plan_memory().find(
+        plan_key(0, args.shape, args.x_dtype, args.y_dtype, aligned, bytes, 0, device),
+        [&] { return plan_forward(args.shape, args.x_dtype, args.y_dtype, aligned, bytes, device); });
     const Workspace partials(partials_of(plan, args.shape, 2, 0), call.x);
     const Workspace mean(statistics_of(plan, args), call.x), rstd(statistics_of(plan, args), call.x);
     ForwardParams params{args, partials.data(), plan.reduce, plan.apply, plan.residence, ordinal};
@@ -95,8 +99,12 @@ void run_backward(const BackwardCall& call) {
   const BackwardArgs& args = call.args;
   const int ordinal = call.x.get_device_index();
   launch_what_fits(ordinal, "group_norm_act_backward", [&](const Device& device) {
-    const Plan plan = plan_backward(args.shape, args.x_dtype, args.dy_dtype, are_aligned(args),
-                                    args.affine.bytes_per_channel(), args.sums, args.shortcut != nullptr, device);
+    const int64_t bytes = args.affine.bytes_per_channel();
+    const bool aligned = are_aligned(args), shortcut = args.shortcut != nullptr;
+    const Plan plan = plan_memory().find(
+        plan_key(1, args.shape, args.x_dtype, args.dy_dtype, aligned, bytes, 2 * args.sums + shortcut, device), [&] {
+          return plan_backward(args.shape, args.x_dtype, args.dy_dtype, aligned, bytes, args.sums, shortcut, device);
+        });
     const Workspace partials(partials_of(plan, args.shape, args.sums, args.sums), call.x);
     const Workspace totals(totals_of(plan, args), call.x), projections(projections_of(plan, args), call.x);
     BackwardParams params{args, partials.data(), plan.reduce, plan.apply, plan.residence, ordinal};

@@ -15,9 +15,8 @@
 
 namespace ldm_fused {
 
-// So few clusters of that size fit the device side by side that smaller ones take no longer. No launch of CUDA returns
-// this value.
-constexpr cudaError_t kFewClusters = cudaErrorNotReady;
+// No cluster of that size, above what every device has, fits this one. No launch of CUDA returns this value.
+constexpr cudaError_t kNoClusters = cudaErrorNotReady;
 
 // Whether the device works, but lacks the room or the means for the launch: another plan may do.
 inline bool is_refusal(cudaError_t error) {
@@ -31,44 +30,39 @@ inline bool is_refusal(cudaError_t error) {
   }
 }
 
-// What is known of launches that differ in nothing but their arguments, and in the number of their teams.
-struct LaunchMemory {
-  cudaError_t error = cudaSuccess;  // or a refusal
-  int clusters = 0;                 // that fit the device at once
-};
-
 // Remembers all launches, for all host threads.
 class LaunchMemories {
  public:
-  // What is known of the launch; learn() says it the first time. Before its first launch on a device the kernel is
-  // allowed what it may need.
+  // What is known of launches that differ in nothing but their arguments, and in the number of their teams: cudaSuccess
+  // or a refusal. learn() says it the first time. Before its first launch on a device the kernel is allowed what it may
+  // need.
   template <class Params, class F>
-  LaunchMemory find(void (*kernel)(Params), int device, const Residence& r, F&& learn) {
+  cudaError_t find(void (*kernel)(Params), int device, const Residence& r, F&& learn) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Kernel& known = kernels_[{reinterpret_cast<const void*>(kernel), device}];
     if (!known.is_allowed) {
       const cudaError_t error = allow(kernel, device);
-      if (error != cudaSuccess) return {error};
+      if (error != cudaSuccess) return error;
       known.is_allowed = true;
     }
     const auto found = known.launches.find(key_of(r));
     if (found != known.launches.end()) return found->second;
-    const LaunchMemory learned = learn();
-    if (learned.error == cudaSuccess || is_refusal(learned.error)) known.launches[key_of(r)] = learned;
+    const cudaError_t learned = learn();
+    if (learned == cudaSuccess || learned == kNoClusters || is_refusal(learned)) known.launches[key_of(r)] = learned;
     return learned;
   }
 
   template <class Params>
   void refuse(void (*kernel)(Params), int device, const Residence& r, cudaError_t error) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    kernels_[{reinterpret_cast<const void*>(kernel), device}].launches[key_of(r)].error = error;
+    kernels_[{reinterpret_cast<const void*>(kernel), device}].launches[key_of(r)] = error;
   }
 
  private:
   using Key = std::tuple<Exchange, int, int, int>;
   struct Kernel {
     bool is_allowed = false;
-    std::map<Key, LaunchMemory> launches;
+    std::map<Key, cudaError_t> launches;
   };
 
   // Of a grid all that counts is how many blocks it has.
@@ -94,14 +88,7 @@ inline LaunchMemories& launch_memories() {
   return memories;
 }
 
-// Whether the items take more turns than they would if the device were full of their clusters.
-inline bool are_few(int clusters, const Residence& r, int device) {
-  if (r.team <= kPortableCluster) return false;
-  return clusters == 0 ||
-         ceil_div(r.items, clusters) > ceil_div(r.items * r.team, cuda::device_of(device).multiprocessors);
-}
-
-// Launches the kernel. After a refusal, which the runtime has then forgotten, or kFewClusters another plan may do. Any
+// Launches the kernel. After a refusal, which the runtime has then forgotten, or kNoClusters another plan may do. Any
 // other error is an error.
 template <class Params>
 cudaError_t launch_resident(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
@@ -121,17 +108,15 @@ cudaError_t launch_resident(void (*kernel)(Params), const Params& params, cudaSt
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(r.team), 1, 1};
   }
-  const LaunchMemory memory = launch_memories().find(kernel, params.device, r, [&] {
-    LaunchMemory learned{};
-    if (r.exchange != Exchange::cluster) return learned;
-    learned.error = cudaOccupancyMaxActiveClusters(&learned.clusters, kernel, &config);
-    if (is_refusal(learned.error)) cudaGetLastError();
-    const bool has_room = learned.clusters > 0 || r.team > kPortableCluster;
-    if (learned.error == cudaSuccess && !has_room) learned.error = cudaErrorLaunchOutOfResources;
-    return learned;
+  const cudaError_t known = launch_memories().find(kernel, params.device, r, [&] {
+    if (r.exchange != Exchange::cluster) return cudaSuccess;
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (is_refusal(error)) cudaGetLastError();
+    if (error != cudaSuccess || clusters > 0) return error;
+    return r.team > kPortableCluster ? kNoClusters : cudaErrorLaunchOutOfResources;
   });
-  if (memory.error != cudaSuccess) return memory.error;
-  if (r.exchange == Exchange::cluster && are_few(memory.clusters, r, params.device)) return kFewClusters;
+  if (known != cudaSuccess) return known;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
   if (is_refusal(error)) {
     cudaGetLastError();

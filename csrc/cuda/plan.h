@@ -103,7 +103,7 @@ inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, int
   Plan plan{};
   plan.bytes_read = sx * shape.elements();
   plan.bytes_written = sy * shape.elements() + statistics;
-  const Demand demand{vector_of(std::min(sx, sy)), sx, std::min(sx, sy), sx + sy, 2, 0, 3, 8, held_vectors(sx, sy)};
+  const Demand demand{vector_of(std::min(sx, sy)), sx, std::min(sx, sy), sx + sy, 2, 0, 3, 8, kForwardRates};
   if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {
     plan.resident = true;
     plan.bytes_read += plan.residence.items * read_again(plan.residence, shape, demand);
@@ -123,7 +123,7 @@ inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, i
   Plan plan{};
   plan.bytes_read = (sx + sy + (shortcut ? sx : 0)) * shape.elements() + totals + rstds_of(shape, sa);
   plan.bytes_written = sx * shape.elements() + totals + parameter_bytes * shape.channels;
-  const Demand demand{vector_of(std::min(sx, sy)), sx + sy, std::min(sx, sy), 2 * sx + sy, sums, sums, 5, 4, 0};
+  const Demand demand{vector_of(std::min(sx, sy)), sx + sy, std::min(sx, sy), 2 * sx + sy, sums, sums, 5, 4, kBackwardRates};
   if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {
     plan.resident = true;
     const Residence& r = plan.residence;

@@ -115,10 +115,21 @@ __device__ __forceinline__ void wait_for(unsigned* counter, unsigned target) {
 // Clusters need compute capability 9.0. Code for less, compiled at run time for a device that has them, must not run a
 // plan with clusters: it stops instead.
 
+// What this block has written before is seen by the others behind their wait.
 __device__ __forceinline__ void cluster_arrive() {
 #if !defined(__CUDA_ARCH__)
 #elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// Without that: a release waits for all that the block has on its way to memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if !defined(__CUDA_ARCH__)
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #else
   __trap();
 #endif

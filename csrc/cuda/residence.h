@@ -43,9 +43,8 @@ struct Residence {
   int steps;         // vectors of a thread in a unit
   int entries;       // partial results of a block
   int slots;         // of a thread: vectors that fit shared memory
-  int kept;          // of a thread: vectors of an item that stay in its slots
+  int kept;          // of a thread: vectors of an item that stay in its slots; the rest is read again
   int segment;       // of a thread: vectors of a unit that it waits for together
-  int held;          // of a thread: the last vectors of an item, in registers; the rest is read again
   int tables;        // bytes of shared memory in front of the slots
   int shared_bytes;  // of shared memory, in all
   int abreast;       // of a block's threads: rows: units, columns: pixels that they have side by side
@@ -53,7 +52,7 @@ struct Residence {
 
   LDM_FUSED_HD int total() const { return rounds * steps; }  // vectors of a thread in an item
   LDM_FUSED_HD int segments() const { return (kept + segment - 1) / segment; }
-  LDM_FUSED_HD int again() const { return total() - kept - held; }
+  LDM_FUSED_HD int again() const { return total() - kept; }
   int64_t blocks() const { return int64_t(team) * teams; }
 };
 
@@ -67,7 +66,7 @@ struct Demand {
   int totals;     // floats of each channel's totals; 0: nobody asks for them
   int channel;    // floats that are known of each channel
   int together;   // vectors that a thread works on side by side
-  int held;       // vectors that the registers of a thread hold for a grid's columns
+  Rates rates;    // what its kernels take
 };
 
 constexpr int kMostSegments = 4;  // of an item: what a thread begins with is a quarter of its vectors
@@ -75,18 +74,10 @@ constexpr int kMostLanes = 32;
 constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
 constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
 constexpr int kFewerThreads = 256;        // of one that shares it
-constexpr int kGridThreads = 256;         // of a grid's block, whose threads need more registers than 128
 constexpr int kLeastRow = 64;             // bytes of a channels_last row, where groups can be bundled to it
 constexpr int kSector = 32;               // bytes: a row that is no multiple of it wastes a part of one
 constexpr int kSmallItem = 8192;          // bytes: smaller groups share a block
-constexpr int kSmallSlice = 4096;         // bytes of a block's part of an item: below, more blocks do not pay
-constexpr int kEnoughResidentBlocks = 2;  // a multiprocessor: one loads while the other stores
-constexpr int kLargeSlice = 32768;        // bytes of it: above, idle multiprocessors are worth a slower exchange
-
-// Vectors of x that a thread of the forward pass keeps in registers, for x and y of those sizes.
-LDM_FUSED_HD constexpr int held_vectors(int x_size, int y_size) {
-  return x_size > y_size ? 0 : x_size == 2 ? 16 : 8;  // the accurate exponential of float32 needs registers too
-}
+constexpr int kEnoughResidentBlocks = 2;  // a multiprocessor: as many blocks as a bundle of groups must leave
 
 // Bytes of shared memory beside the slots: each channel's parameters, the partial results, each group's result, and
 // what the team exchanges of a group and of its channels.
@@ -199,35 +190,17 @@ inline void finish(Residence& r, Exchange exchange, int64_t teams, int64_t slots
 // memory for each block; shared_per_block, the most that a block may ask for, leaves it out.
 inline int blocks_abreast(const Residence& r, const Device& device) {
   constexpr int kReserved = 1024, kRegisters = 65536;
-  const int registers = r.exchange == Exchange::grid ? kRegisters / kGridThreads : kRegisters / kMostThreads;
-  return std::min(kRegisters / (registers * r.threads),
-                  (device.shared_per_block + kReserved) / (r.shared_bytes + kReserved));
+  const int registers = kRegisters / kMostThreads;
+  return std::max(1, std::min(kRegisters / (registers * r.threads),
+                              (device.shared_per_block + kReserved) / (r.shared_bytes + kReserved)));
 }
 
-// Keeps the whole item in one block or cluster, one item a team. It takes the fewest blocks that occupy every
-// multiprocessor and leave room on it for a second one, which loads while the first one computes or stores. More than
-// eight share an item only where it fits no other way, or where multiprocessors are idle.
-inline bool reside_in_clusters(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
-                               Residence& found) {
-  const int64_t bytes = shape.spatial * bundle * shape.channels_per_group() * demand.bytes;
-  const int64_t items = shape.batch * (shape.groups / bundle);
-  const auto reside_with = [&](int team, int threads) {
-    Residence r = reside(shape, columns, bundle, team, threads, demand, device);
-    finish(r, team == 1 ? Exchange::block : Exchange::cluster, items, r.total(), shape.groups / bundle, demand);
-    return r;
-  };
-  bool fits = false;
-  for (int team = 1; team <= device.max_cluster && items * team < int64_t(1) << 31; team *= 2) {
-    if (fits && (bytes / team < kSmallSlice || (team > 8 && found.blocks() >= device.multiprocessors))) break;
-    Residence r = reside_with(team, kFewerThreads);
-    const bool room = r.kept == r.total() && blocks_abreast(r, device) >= kEnoughResidentBlocks;
-    if (!room) r = reside_with(team, kMostThreads);  // alone on a multiprocessor
-    if (r.kept < r.total()) continue;
-    found = r;
-    fits = true;
-    if (room && r.blocks() >= kEnoughResidentBlocks * device.multiprocessors) break;
-  }
-  return fits;
+// Clusters that the device holds at once. The multiprocessors of a cluster lie in one part of the chip, and those that
+// a part has above a multiple of the cluster's stay without.
+inline int64_t clusters_abreast(const Residence& r, const Device& device) {
+  const int processors = device.multiprocessors;
+  const int usable = r.team <= 2 ? processors : int(processors * kUsedByClusters) / r.team * r.team;
+  return std::max<int64_t>(1, int64_t(usable) * blocks_abreast(r, device) / r.team);
 }
 
 // Bytes that an item's blocks read again, because they do not fit.
@@ -235,43 +208,69 @@ inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& 
   return r.width * shape.spatial * demand.bytes * r.again() / r.total();
 }
 
-// Nanoseconds, by estimate. A block that has its multiprocessor to itself, and one item, moves nothing while it
-// computes.
+// Nanoseconds, by estimate.
 inline double time_of(const Residence& r, const Shape& shape, const Demand& demand, const Device& device) {
-  const double moved = double(r.width) * double(shape.spatial) * demand.moved + double(read_again(r, shape, demand));
+  const double moved = double(r.width) * double(shape.spatial) * demand.moved / r.team;  // by a block, of an item
   if (r.exchange == Exchange::grid) {
-    const bool hidden = r.slots >= r.total() + r.total() / 2;
-    return time_of_items(ceil_div(r.items, r.teams), moved / r.team, hidden ? kHiddenWait : kWait, false);
+    const double again = double(read_again(r, shape, demand)) / r.team;
+    return time_of_grid(ceil_div(r.items, r.teams), moved, again, r.columns, r.team, demand.rates);
   }
-  const int64_t abreast = std::min<int64_t>(blocks_abreast(r, device), ceil_div(r.blocks(), device.multiprocessors));
-  const int64_t rounds = ceil_div(r.blocks(), device.multiprocessors * std::max<int64_t>(1, abreast));
-  return time_of_items(rounds, moved / r.team * double(abreast), kClusterWait, abreast < kEnoughResidentBlocks);
+  const int64_t abreast = std::min(r.items, clusters_abreast(r, device));
+  const int64_t blocks = ceil_div(abreast * r.team, device.multiprocessors);
+  return time_of_clusters(ceil_div(r.items, abreast), moved * double(blocks), r.team,
+                          double(blocks) * r.threads / kMostThreads, demand.rates);
 }
 
 inline double time_of_two_passes(const Shape& shape, const Demand& demand, const Device& device) {
-  return time_of_kernels(2, double(shape.elements()) * (demand.moved + demand.bytes), device.multiprocessors);
+  const double bytes = double(shape.elements()) * (demand.moved + demand.bytes) / device.multiprocessors;
+  return time_of_streaming(bytes, shape.walks_columns());
+}
+
+// Keeps the whole item in one block or cluster, one item a team.
+inline bool reside_in_clusters(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
+                               Residence& found) {
+  const int64_t items = shape.batch * (shape.groups / bundle);
+  double least = 0;
+  for (int team = 1; team <= device.max_cluster && items * team < int64_t(1) << 31; team *= 2) {
+    for (const int threads : {kFewerThreads, kMostThreads}) {
+      Residence r = reside(shape, columns, bundle, team, threads, demand, device);
+      if (r.kept < r.total() || (threads == kMostThreads && r.threads <= kFewerThreads)) continue;
+      if (device.wanted.team > 0 && (team != device.wanted.team || threads != device.wanted.threads)) continue;
+      finish(r, team == 1 ? Exchange::block : Exchange::cluster, items, r.total(), shape.groups / bundle, demand);
+      const double time = time_of(r, shape, demand, device);
+      if (least == 0 || time < least) {
+        least = time;
+        found = r;
+      }
+    }
+  }
+  return least > 0;
 }
 
 // One block a multiprocessor, in teams of equal size that take one item after the other. Slots that an item leaves free
 // take loads of the next one. False: no slot fits.
 inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const Demand& demand, const Device& device,
                            Residence& found) {
-  const int64_t items = shape.batch * (shape.groups / bundle);
+  const int64_t items = shape.batch * (shape.groups / bundle), most = std::min<int64_t>(items, device.multiprocessors);
   double least = 0;
-  int64_t last = 0;
-  for (int64_t rounds = 1, teams = 0; teams != 1; rounds += 1 + rounds / 4) {
-    teams = std::min<int64_t>(ceil_div(items, std::min(rounds, items)), device.multiprocessors);
-    if (teams == last) continue;
-    last = teams;
-    Residence r = reside(shape, columns, bundle, int(device.multiprocessors / teams), kGridThreads, demand, device);
-    if (r.kept == 0) continue;
-    if (columns && r.total() - r.kept >= demand.held) r.held = demand.held;
+  const auto consider = [&](int64_t teams) {
+    Residence r = reside(shape, columns, bundle, int(device.multiprocessors / teams), kMostThreads, demand, device);
+    if (r.kept == 0) return;
     finish(r, Exchange::grid, teams, 2 * int64_t(r.total()), shape.groups / bundle, demand);
     const double time = time_of(r, shape, demand, device);
-    if (least == 0 || time < least) {
-      least = time;
-      found = r;
-    }
+    if (least > 0 && time >= least) return;
+    least = time;
+    found = r;
+  };
+  if (device.wanted.grid_teams > 0) {
+    consider(std::min<int64_t>(most, device.wanted.grid_teams));
+    return least > 0;
+  }
+  int64_t last = 0;
+  for (int64_t rounds = 1; last != 1; rounds += 1 + rounds / 4) {
+    const int64_t teams = std::min(ceil_div(items, std::min(rounds, items)), most);
+    if (teams != last) consider(teams);
+    last = teams;
   }
   return least > 0;
 }
@@ -284,20 +283,15 @@ inline bool reside(const Shape& shape, const Demand& demand, const Device& devic
   const int bundle = bundle_of(shape, columns, demand, device);
   const int64_t width = bundle * int64_t(shape.channels_per_group());
   if (width == 0 || width > device.shared_per_block / 32) return false;  // else the tables leave no room, or overflow
+  const Wanted& wanted = device.wanted;
+  if (wanted.two_passes) return false;
   const bool fits = reside_in_clusters(shape, columns, bundle, demand, device, found);
-  const int64_t slice = shape.spatial * width * demand.bytes / std::max(1, found.team);
-  const bool are_enough = 4 * found.blocks() >= 3 * device.multiprocessors;
-  if (fits && (slice <= kLargeSlice || (are_enough && blocks_abreast(found, device) >= kEnoughResidentBlocks)))
-    return true;
   Residence in_grid{};
-  if (device.grids && reside_in_grid(shape, columns, bundle, demand, device, in_grid)) {
-    const double time = time_of(in_grid, shape, demand, device);
-    if (time < (fits ? time_of(found, shape, demand, device) : time_of_two_passes(shape, demand, device))) {
-      found = in_grid;
-      return true;
-    }
-  }
-  return fits;
+  if (wanted.team > 0 || !device.grids || !reside_in_grid(shape, columns, bundle, demand, device, in_grid)) return fits;
+  const double least = fits ? time_of(found, shape, demand, device) : time_of_two_passes(shape, demand, device);
+  if (wanted.grid_teams == 0 && time_of(in_grid, shape, demand, device) >= least) return fits;
+  found = in_grid;
+  return true;
 }
 
 }  // namespace ldm_fused

@@ -35,7 +35,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   static constexpr bool kKeepsGradient = sizeof(Y) >= sizeof(X);
   static constexpr int kOfX = V * int(sizeof(X)) / 16;  // pieces of a slot; dy's are behind them
   static constexpr int kBatch = kBatchOf<VectorX> / 2;  // vectors of x, and as many of dy
-  static constexpr int kOfDx = kKeepsGradient ? kBatchOf<VectorX> : kBatch;
+  static constexpr int kOfDx = kKeepsGradient && !(kColumns && kGrid) ? kBatchOf<VectorX> : kBatch;  // registers
   static constexpr int kSums = kColumns ? V : 2;  // side by side, where one would be a long chain
 
   const BackwardParams& p;
@@ -300,7 +300,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
 };
 
 template <class X, class Y, int V, bool kColumns, bool kGrid>
-__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_backward(BackwardParams p) {
+__global__ void __launch_bounds__(kMostThreads, 1) resident_backward(BackwardParams p) {
   LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
   ResidentBackward<X, Y, V, kColumns, kGrid> block(p, shared);
   block.copy_to(p.residence.kept);

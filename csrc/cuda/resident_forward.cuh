@@ -5,71 +5,10 @@
 // first. Parallel over items (bundles of whole groups) and over the blocks of a team that shares one.
 #pragma once
 
+#include "cuda/moments.cuh"
 #include "cuda/resident.cuh"
 
 namespace ldm_fused {
-
-// Moments of kChannels channels of which a thread has seen equally much, relative to a shift that is an element of
-// each.
-template <int kChannels>
-struct ChannelMoments {
-  float count, mean[kChannels], m2[kChannels];
-
-  // Merges N vectors as a whole: it computes their mean first, then the deviations from it. 16-bit numbers are
-  // centered by their mean, not by the shift: they have few digits, so that the mean of some is as good without.
-  template <class X, int V, int N>
-  __device__ __forceinline__ void add(const Vec<X, V> (&v)[N], const float (&shift)[kChannels]) {
-    constexpr int kCount = N * V / kChannels;  // values of a channel
-    constexpr bool kCentered = sizeof(X) > 2;
-    constexpr int kChains = kChannels == 1 ? 4 : 1;  // sums side by side, where one would be a long chain
-    float values[N][V], sum[kChannels][kChains]{};
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      widen(v[i], values[i]);
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const int c = kChannels == 1 ? 0 : e;
-        if constexpr (kCentered) values[i][e] -= shift[c];
-        sum[c][e % kChains] += values[i][e] * (1.0f / kCount);
-      }
-    }
-    const float total = count + kCount, part = kCount * reciprocal_approximate(total), weight = part * count;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      float average = sum[c][0], squares[kChains]{};
-#pragma unroll
-      for (int k = 1; k < kChains; ++k) average += sum[c][k];
-      squares[0] = m2[c];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-#pragma unroll
-        for (int e = kChannels == 1 ? 0 : c; e < V; e += kChannels) {
-          const float deviation = values[i][e] - average;
-          squares[e % kChains] += deviation * deviation;
-        }
-      }
-      const float delta = (kCentered ? average : average - shift[c]) - mean[c];
-      mean[c] += delta * part;
-      m2[c] = squares[0];
-#pragma unroll
-      for (int k = 1; k < kChains; ++k) m2[c] += squares[k];
-      m2[c] += delta * weight * delta;
-    }
-    count = total;
-  }
-
-  __device__ __forceinline__ void merge(const ChannelMoments& other) {
-    if (other.count == 0) return;
-    const float total = count + other.count, part = other.count * reciprocal_approximate(total), weight = part * count;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const float delta = other.mean[c] - mean[c];
-      mean[c] += delta * part;
-      m2[c] += other.m2[c] + delta * weight * delta;
-    }
-    count = total;
-  }
-};
 
 // Merges the moments of neighbouring lanes, a power of two of them, without a division a lane: first the mean of all,
 // then what deviates from it. All lanes of the warp must call it; all have the result.
@@ -89,6 +28,7 @@ template <class F>
 __device__ __forceinline__ Moments<float> merge_in_warp(int number, F&& f) {
   Moments<float> part{}, sum{};
   if (lane_index() < number) part = f(lane_index());
+  if (number == 1) return part;
   const float reference = __shfl_sync(kAllLanes, part.mean, 0);
   for (int i = lane_index(); i < number;) {
     part.mean -= reference;
@@ -107,9 +47,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   using Affines = ChannelAffine<float>[Block::kChannels];
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
   static constexpr int kBatch = kBatchOf<Vector>;
-  static constexpr int kHeld = kColumns && kGrid ? held_vectors(sizeof(X), sizeof(Y)) : 0;
-  using Held = Vector[kHeld > 0 ? kHeld : 1];                            // the last vectors of an item, in registers
-  static constexpr int kOfStatistics = kHeld > 0 ? kBatch : 2 * kBatch;  // averaged together, if registers are left
+  static constexpr int kOfStatistics = kColumns && kGrid ? kBatch : 2 * kBatch;  // averaged together: registers
 
   const ForwardParams& p;
   const X* const x;
@@ -143,14 +81,13 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
     for (int i = 0; i < N; ++i) v[i] = load<X, V>(from + i * span.stride);
   }
 
-  // Computes mean and m2 of each unit, in the order of the vectors in memory. The last vectors stay in registers.
-  __device__ __forceinline__ void reduce_units(Held& held) const {
+  // Computes mean and m2 of each unit, in the order of the vectors in memory.
+  __device__ __forceinline__ void reduce_units() const {
     Pair* const entries = reinterpret_cast<Pair*>(tables.entries);
     for (int round = 0, segment = 0; round < r.rounds; ++round) {
       const Span span = this->span(round);
       const int kept = min(r.kept - round * r.steps, r.steps);  // steps of the unit that are in slots; grid: or fewer
-      const int first_held = r.steps - (kHeld > 0 ? r.held : 0);
-      ChannelMoments<Block::kChannels> moments{};
+      ChannelMoments<float, Block::kChannels> moments{};
       float shift[Block::kChannels];
       for (int step = 0; step < kept; step += r.segment) {
         this->wait_for_segment(segment++);
@@ -173,31 +110,11 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
           set_shift(shift, first[0]);
           if (span.count > 0) moments.add(first, shift);
         }
-        this->template each_of<kOfStatistics>(span, max(kept, 1), min(first_held, span.count), [&](auto n, int64_t at) {
+        this->template each_of<kOfStatistics>(span, max(kept, 1), span.count, [&](auto n, int64_t at) {
           Vector v[n.value];
           load_again(v, span, at);
           moments.add(v, shift);
         });
-      }
-      if constexpr (kHeld > 0) {
-        if (r.held > 0) {
-          const int existing = span.count - first_held;
-#pragma unroll
-          for (int i = 0; i < kHeld; ++i) {
-            if (i < existing) held[i] = load<X, V>(x + span.at(first_held + i));
-          }
-          if (existing >= kHeld) {
-#pragma unroll
-            for (int i = 0; i < kHeld; i += kBatch) {
-              moments.add(reinterpret_cast<const Vector(&)[kBatch]>(held[i]), shift);
-            }
-          } else {
-#pragma unroll
-            for (int i = 0; i < kHeld - 1; ++i) {
-              if (i < existing) moments.add(reinterpret_cast<const Vector(&)[1]>(held[i]), shift);
-            }
-          }
-        }
       }
       if constexpr (kColumns) {
         merge_warp_rows(moments, r);
@@ -290,26 +207,17 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   }
 
   // Writes y of what did not fit, the last read first.
-  __device__ __forceinline__ void write_what_is_not_kept(const Held& held) const {
-    const int first_held = r.steps - r.held;
+  __device__ __forceinline__ void write_what_is_not_kept() const {
     for (int round = r.rounds - 1; (round + 1) * r.steps > r.kept; --round) {
       const Span span = this->span(round);
       Affines affine;
       load_affine(span, affine);
-      if constexpr (kHeld > 0) {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          if (r.held > 0 && first_held + i < span.count) {
-            write(reinterpret_cast<const Vector(&)[1]>(held[i]), span, affine, span.at(first_held + i));
-          }
-        }
-      }
-      this->template each_back<kColumns ? kBatch : kOfStatistics>(span, max(r.kept - round * r.steps, 0),
-                                                                  min(first_held, span.count), [&](auto n, int64_t at) {
-                                                                    Vector v[n.value];
-                                                                    load_again(v, span, at);
-                                                                    write(v, span, affine, at);
-                                                                  });
+      this->template each_back<kColumns ? kBatch : kOfStatistics>(
+          span, max(r.kept - round * r.steps, 0), span.count, [&](auto n, int64_t at) {
+            Vector v[n.value];
+            load_again(v, span, at);
+            write(v, span, affine, at);
+          });
     }
   }
 
@@ -335,19 +243,18 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
 };
 
 template <class X, class Y, int V, bool kColumns, bool kGrid>
-__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_forward(ForwardParams p) {
+__global__ void __launch_bounds__(kMostThreads, 1) resident_forward(ForwardParams p) {
   LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
   ResidentForward<X, Y, V, kColumns, kGrid> block(p, shared);
   block.copy_to(p.residence.kept);
   block.team.start();
   do {
-    typename ResidentForward<X, Y, V, kColumns, kGrid>::Held held;
     block.load_parameters();
-    block.reduce_units(held);
+    block.reduce_units();
     block.reduce_groups();
     block.team.has_read();
     block.complete_channels();
-    if constexpr (kGrid) block.write_what_is_not_kept(held);
+    if constexpr (kGrid) block.write_what_is_not_kept();
     block.write_what_is_kept();
   } while (block.next_item());
   block.team.leave();

@@ -89,7 +89,7 @@ class Team {
   // No block of a cluster may leave while another reads its shared memory. Between the two calls a block stores
   // results, for which nobody waits.
   __device__ __forceinline__ void has_read() {
-    if (!kGrid && size > 1) cluster_arrive();
+    if (!kGrid && size > 1) cluster_arrive_relaxed();
   }
   __device__ __forceinline__ void leave() {
     if (!kGrid && size > 1) cluster_wait();

@@ -30,6 +30,7 @@ struct Tiling {
 
 constexpr int kThreads = 256;           // of a streaming block
 constexpr int kVectorsInFlight = 4;     // loads a thread issues before it uses the first one
+constexpr int kManyBlocks = 64;         // a multiprocessor, where they cost nothing: the last ones end nearly together
 constexpr int kBlocksPerProcessor = 8;  // 8 x 256 threads fill a multiprocessor
 constexpr int kEnoughBlocks = 2;        // a multiprocessor: below that, more blocks are worth more partial results
 constexpr int kPixelsPerPartial = 32;   // of a channels_last chunk: partial results stay below 9 % of the traffic
@@ -42,7 +43,7 @@ inline Tiling tile_rows(const Shape& shape, int vector, const Device& device) {
   t.block_y = 1;
   t.grid_y = 1;
   if (vectors > 32 * 2 * kVectorsInFlight) {
-    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * kBlocksPerProcessor, shape.rows());
+    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * kManyBlocks, shape.rows());
     const int64_t useful = ceil_div(vectors, kThreads * kVectorsInFlight);
     const int64_t chunk_vectors = ceil_div(ceil_div(vectors, std::min(wanted, useful)), kThreads) * kThreads;
     t.team = kThreads;

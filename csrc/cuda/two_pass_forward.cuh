@@ -7,60 +7,37 @@
 // second begins by merging those of all parts.
 #pragma once
 
+#include "cuda/moments.cuh"
 #include "cuda/two_pass.cuh"
 
 namespace ldm_fused {
-
-// The moments of one chunk by one thread, gathered in batches: a batch is held in registers, averaged, centered and
-// then merged, which costs one division a batch. All values are relative to `shift`, an element of the channel: the
-// subtraction of neighbours is nearly exact, so that a large mean costs no digits.
-template <class A>
-struct BatchedMoments {
-  Moments<A> total{};
-
-  template <int Count>
-  __device__ __forceinline__ void add(const A (&values)[Count]) {
-    A mean = 0, m2 = 0;
-#pragma unroll
-    for (int i = 0; i < Count; ++i) mean += values[i] * (A(1) / Count);
-#pragma unroll
-    for (int i = 0; i < Count; ++i) m2 += (values[i] - mean) * (values[i] - mean);
-    total.merge({A(Count), mean, m2});
-  }
-};
 
 // Reads x once; writes one pair a channel and chunk.
 template <class X, int V>
 __global__ void __launch_bounds__(kThreads) statistics_rows(ForwardParams p) {
   using A = Accumulate<X>;
   const Unit unit = row_unit(p.shape, p.reduce);
-  BatchedMoments<A> moments;
-  A shift = 0;
+  ChannelMoments<A, 1> moments{};
+  A shift[1]{};
   if (unit.exists) {
     const X* x = static_cast<const X*>(p.x) + unit.first;
-    shift = widen(x[unit.chunk * p.reduce.chunk]);
+    shift[0] = widen(x[unit.chunk * p.reduce.chunk]);
     int64_t i = unit.begin;
     for (; i + (kVectorsInFlight - 1) * unit.step < unit.end; i += kVectorsInFlight * unit.step) {
       Vec<X, V> v[kVectorsInFlight];
 #pragma unroll
       for (int k = 0; k < kVectorsInFlight; ++k) v[k] = load<X, V>(x + i + k * unit.step);
-      A values[kVectorsInFlight * V];
-#pragma unroll
-      for (int k = 0; k < kVectorsInFlight * V; ++k) values[k] = widen(v[k / V].e[k % V]) - shift;
-      moments.add(values);
+      moments.add(v, shift);
     }
     for (; i < unit.end; i += unit.step) {
-      const Vec<X, V> v = load<X, V>(x + i);
-      A values[V];
-#pragma unroll
-      for (int k = 0; k < V; ++k) values[k] = widen(v.e[k]) - shift;
-      moments.add(values);
+      const Vec<X, V> v[1] = {load<X, V>(x + i)};
+      moments.add(v, shift);
     }
   }
-  const Moments<A> chunk = team_reduce(moments.total, p.reduce.team);
+  const Moments<A> chunk = team_reduce(moments.of(0), p.reduce.team);
   if (unit.exists && threadIdx.x % p.reduce.team == 0) {
     A* partial = static_cast<A*>(p.partials) + 2 * partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk);
-    partial[0] = chunk.mean + shift;
+    partial[0] = chunk.mean + shift[0];
     partial[1] = chunk.m2;
   }
 }
@@ -75,34 +52,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtLeast) statistics_columns(F
   A shift[V];
   const X* first = x - unit.c + unit.chunk * p.reduce.chunk * p.shape.channels;
   share_columns(p.shape, shift, [&](int64_t c) { return A(widen(first[c])); });
-  BatchedMoments<A> moments[V];
+  ChannelMoments<A, V> moments{};
   int64_t pixel = unit.begin;
   for (; pixel + (kInFlight - 1) * unit.step < unit.end; pixel += kInFlight * unit.step) {
     Vec<X, V> v[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) v[k] = load<X, V>(x + (pixel + k * unit.step) * p.shape.channels);
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      A values[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) values[k] = widen(v[k].e[e]) - shift[e];
-      moments[e].add(values);
-    }
+    moments.add(v, shift);
   }
   for (; pixel < unit.end; pixel += unit.step) {
-    const Vec<X, V> v = load<X, V>(x + pixel * p.shape.channels);
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const A values[1] = {widen(v.e[e]) - shift[e]};
-      moments[e].add(values);
-    }
+    const Vec<X, V> v[1] = {load<X, V>(x + pixel * p.shape.channels)};
+    moments.add(v, shift);
   }
 
   using MomentRows = BlockValues<Moments<A>, V>;
   LDM_FUSED_SHARED(MomentRows, rows);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-  for (int e = 0; e < V; ++e) rows[e][thread] = moments[e].total;
+  for (int e = 0; e < V; ++e) rows[e][thread] = moments.of(e);
   merge_rows(rows);
   if (unit.exists && threadIdx.y == 0) {
     A* partial = static_cast<A*>(p.partials) + 2 * partial_index(p.shape, p.reduce, unit.n, unit.c, unit.chunk);

@@ -1,6 +1,5 @@
 """`make sass` counts what a kernel issues for an element on the main way through its loops, and can fail by it."""
 
-import json
 import re
 from pathlib import Path
 
@@ -264,16 +263,6 @@ def test_a_kernel_with_a_limit_that_is_not_compiled_fails(capsys):
     passed, _ = issue_slots.report({"9.0": some})
     assert not passed and f"{FORWARD}: not compiled" in capsys.readouterr().out
     assert issue_slots.report({"8.0": some}) == (True, "issue: nothing judged, for 9.0 was not compiled")
-
-
-def test_the_time_model_gets_what_was_counted(tmp_path):
-    issue_slots.write(costs(), dict.fromkeys(issue_slots.LIMITED, 64), tmp_path / "issue.json")
-    read = json.loads((tmp_path / "issue.json").read_text())
-    assert list(read) == list(issue_slots.LIMITED)
-    assert list(read[FORWARD]) == ["registers", "alone", "copy", "statistics", "apply"]
-    assert (read[FORWARD]["registers"], read[FORWARD]["alone"]) == (64, 0)
-    assert read[FORWARD]["apply"] == {"instructions": 55 / 16, "mufu": 2, "exponentials": 1, "elements": 16,
-                                      "loop": "0x0260"}
 
 
 @pytest.mark.parametrize("name,moved", [
