@@ -76,7 +76,9 @@ def gpu_name() -> str:
 
 
 def commit() -> Optional[str]:
-    """The commit of this tree, with "+" where the tree has changed since; without git what COMMIT says, or None."""
+    """What COMMIT says, or the commit of this tree, with "+" where the tree has changed since; None without git."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
@@ -84,7 +86,7 @@ def commit() -> Optional[str]:
     try:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT")
+        return None
 
 
 def cache_bytes(device) -> int:

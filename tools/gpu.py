@@ -42,7 +42,7 @@ in OUT, written anew every few seconds, so that a run which is killed leaves wha
   decoder.json                  the same
   log.txt                       what every command printed
 
-The exit status is 0 if no stage failed. COMMIT=... names the commit where the tree has no git.
+The exit status is 0 if no stage failed. COMMIT=... names the commit where git does not know it.
 benchmarks/results/README.md says how to read and compare the files.
 """
 SMALL_CASES = ROOT / "tools" / "small_cases.py"
