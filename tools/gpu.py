@@ -275,6 +275,8 @@ def sanitizer(run: Run):
     for tool, what, arguments in runs:
         command = [path, "--tool", tool, "--error-exitcode", 99, "--print-limit", 20]
         command += ["--kernel-name", "kns=ldm_fused"]  # not PyTorch's kernels: the script keeps them out of the way
+        if tool == "memcheck":  # or an access beyond a tensor may hit the next one, which is as good
+            command += ["--padding", 4096]
         command += ["--port", 49152 + 64 * len(jobs), sys.executable, SMALL_CASES, *arguments]
         name = f"sanitizer {tool}, {what}"
         jobs[tool, what] = run.start(name, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")

@@ -24,7 +24,7 @@ constexpr double kIdle = 0.3;                  // so much longer with half the t
 constexpr double kWait = 5000;                 // nanoseconds that a grid's team waits for its last block
 constexpr double kGridRate = 22;               // bytes a nanosecond that a multiprocessor moves in a grid
 constexpr double kAgainRows = 40;              // the same of what it reads again, contiguous; mostly from L2
-constexpr double kStreamedRows = 32, kStreamedColumns = 25;  // the same in two passes
+constexpr double kStreamedRows = 28.5, kStreamedColumns = 25;  // the same in two passes
 constexpr double kStreaming = 16000;  // nanoseconds of two passes besides, more than one kernel's
 
 // Nanoseconds of `rounds` of clusters, in each of which a multiprocessor moves `bytes`. `full`: the part of the threads

@@ -13,6 +13,13 @@ template <class V, int kBytes = 64>
 constexpr int kBatchOf = kBytes / sizeof(V);  // vectors that a thread works on side by side
 constexpr unsigned kAllLanes = ~0u;
 
+// Before compute capability 8.0 copies to shared memory go through registers, which a grid's batches must leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCopiesTakeRegisters = true;
+#else
+constexpr bool kCopiesTakeRegisters = false;
+#endif
+
 template <int N>
 using Number = std::integral_constant<int, N>;
 

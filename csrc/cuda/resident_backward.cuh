@@ -34,8 +34,10 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   // backward does between its two kernels (NOTES.md has the errors); it must not be coarser than dx.
   static constexpr bool kKeepsGradient = sizeof(Y) >= sizeof(X);
   static constexpr int kOfX = V * int(sizeof(X)) / 16;  // pieces of a slot; dy's are behind them
-  static constexpr int kBatch = kBatchOf<VectorX> / 2;  // vectors of x, and as many of dy
-  static constexpr int kOfDx = kKeepsGradient && !(kColumns && kGrid) ? kBatchOf<VectorX> : kBatch;  // registers
+  static constexpr bool kFewRegisters = kColumns && kGrid;
+  static constexpr bool kVeryFew = kFewRegisters && (sizeof(Y) > sizeof(X) || kCopiesTakeRegisters);
+  static constexpr int kBatch = kBatchOf<VectorX> / (kVeryFew ? 4 : 2);  // vectors of x, and as many of dy
+  static constexpr int kOfDx = kKeepsGradient && !kFewRegisters ? kBatchOf<VectorX> : kBatch;
   static constexpr int kSums = kColumns ? V : 2;  // side by side, where one would be a long chain
 
   const BackwardParams& p;

@@ -47,7 +47,8 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   using Affines = ChannelAffine<float>[Block::kChannels];
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
   static constexpr int kBatch = kBatchOf<Vector>;
-  static constexpr int kOfStatistics = kColumns && kGrid ? kBatch : 2 * kBatch;  // averaged together: registers
+  static constexpr bool kFewRegisters = kGrid && (kColumns || kCopiesTakeRegisters);
+  static constexpr int kOfStatistics = kFewRegisters ? kBatch : 2 * kBatch;  // averaged together
 
   const ForwardParams& p;
   const X* const x;

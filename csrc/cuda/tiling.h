@@ -30,8 +30,9 @@ struct Tiling {
 
 constexpr int kThreads = 256;           // of a streaming block
 constexpr int kVectorsInFlight = 4;     // loads a thread issues before it uses the first one
-constexpr int kManyBlocks = 64;         // a multiprocessor, where they cost nothing: the last ones end nearly together
 constexpr int kBlocksPerProcessor = 8;  // 8 x 256 threads fill a multiprocessor
+constexpr int kManyBlocks = 64;         // a multiprocessor, of long units: the last ones end nearly together
+constexpr int kVectorsOfLongUnit = 16;  // of a thread: to begin takes little of its time
 constexpr int kEnoughBlocks = 2;        // a multiprocessor: below that, more blocks are worth more partial results
 constexpr int kPixelsPerPartial = 32;   // of a channels_last chunk: partial results stay below 9 % of the traffic
 
@@ -43,9 +44,13 @@ inline Tiling tile_rows(const Shape& shape, int vector, const Device& device) {
   t.block_y = 1;
   t.grid_y = 1;
   if (vectors > 32 * 2 * kVectorsInFlight) {
-    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * kManyBlocks, shape.rows());
+    const auto blocks = [&](int per_processor) {
+      return ceil_div(int64_t(device.multiprocessors) * per_processor, shape.rows());
+    };
     const int64_t useful = ceil_div(vectors, kThreads * kVectorsInFlight);
-    const int64_t chunk_vectors = ceil_div(ceil_div(vectors, std::min(wanted, useful)), kThreads) * kThreads;
+    const int64_t cheap = std::min(blocks(kManyBlocks), vectors / (kThreads * kVectorsOfLongUnit));
+    const int64_t units = std::min(std::max(blocks(kBlocksPerProcessor), cheap), useful);
+    const int64_t chunk_vectors = ceil_div(ceil_div(vectors, units), kThreads) * kThreads;
     t.team = kThreads;
     t.chunk = chunk_vectors * vector;
   } else {
