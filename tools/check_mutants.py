@@ -55,7 +55,7 @@ HARMLESS = [
     ("InFlight - 1) * unit.step < unit.end", "bound - 1", "the loop behind it takes what this one leaves"),
     ("else if (size > 1)", "bound - 1", "a block alone needs no barrier there, and passes that of its cluster"),
     ("if (!kGrid && size > 1)", "bound - 1", "a barrier more"),
-    ("size > 1) cluster_arrive()", "bound + 1", "not seen: in the emulator the wait is the whole barrier"),
+    ("size > 1) cluster_arrive_relaxed()", "bound + 1", "not seen: in the emulator the wait is the whole barrier"),
     ("size > 1 ? in_block_of_cluster", "bound - 1", "a block alone is the first of its cluster"),
     ("first_slot >= r.slots", "bound + 1", "slot_of() takes the end for the start"),
     ("slot >= r.slots ?", "bound + 1", "each_kept() takes the end for the start; for a shift any number will do"),

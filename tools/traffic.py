@@ -33,14 +33,15 @@ AGREEMENT = 0.03  # by how much counts may differ from what the plan predicted
 DTYPE = torch.bfloat16
 WAYS = ("forward", "backward")
 
-# What must hold on an H200 over all suites: weighted bytes over the limit, then what holds for each workload. Videos
-# are weighed apart: one of 1 GB, most of whose groups in channels_last no chip holds, outweighs a UNet's calls.
-TARGETS = {("images", "contiguous", "forward"): 1.02, ("images", "channels_last", "forward"): 1.12,
-           ("images", "contiguous", "backward"): 1.03, ("images", "channels_last", "backward"): 1.03,
-           ("videos", "contiguous", "forward"): 1.03, ("videos", "channels_last", "forward"): 1.28}
+# What must hold on an H200 over all suites: weighted bytes over the limit, then what holds for each workload. Large
+# groups are for two passes, which read once more, since that was measured to be faster there. Videos, most of which are
+# large, are weighed apart: one of 1 GB outweighs a UNet's calls.
+TARGETS = {("images", "contiguous", "forward"): 1.23, ("images", "channels_last", "forward"): 1.23,
+           ("images", "contiguous", "backward"): 1.14, ("images", "channels_last", "backward"): 1.18,
+           ("videos", "contiguous", "forward"): 1.49, ("videos", "channels_last", "forward"): 1.49}
 BLOCK_TARGETS = {"inference": 7.3, "training": 15.3}  # B, weighted
-WORST = 1.5
-SECTORS = 0.95
+WORST = 1.75
+SECTORS = {"contiguous": 0.95, "channels_last": 0.8}  # there partial results are read 8 bytes of a sector at a time
 
 
 @dataclass
@@ -220,9 +221,9 @@ def missed(totals):
             lines.append(f"{of_what} moves {total.weighted:.3f} x the limit, more than {target} x.")
         if total.worst > WORST:
             lines.append(f"{of_what} moves {total.worst:.2f} x the limit at worst, more than {WORST} x.")
-        if min(total.efficiencies) < SECTORS:
+        if min(total.efficiencies) < SECTORS[key[1]]:
             lines.append(f"{of_what} uses {100 * min(total.efficiencies):.0f} % of its sectors at worst, "
-                         f"less than {100 * SECTORS:.0f} %.")
+                         f"less than {100 * SECTORS[key[1]]:.0f} %.")
     return lines
 
 

@@ -1,11 +1,12 @@
 // What this process knows of each device: asked once, and kept.
+#include "cuda/device.h"
+
 #include <algorithm>
 #include <climits>
 #include <map>
 #include <mutex>
 
 #include "cuda/host.h"
-#include "cuda/device.h"
 
 namespace ldm_fused {
 namespace cuda {
@@ -51,7 +52,8 @@ void ask(int ordinal, Known& known) {
   // features: the architecture that it was written for counts.
   const bool clusters = std::min(code.binaryVersion, code.ptxVersion) >= 90 && attribute(cudaDevAttrClusterLaunch);
   known.device = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                  clusters ? kLargestCluster : 1, attribute(cudaDevAttrCooperativeLaunch) != 0};
+                  clusters ? kLargestCluster : 1, attribute(cudaDevAttrCooperativeLaunch) != 0,
+                  code.ptxVersion == 90 ? 512 : 256};  // as resident.cuh compiles them
 }
 
 Known& known(int ordinal) {

@@ -18,10 +18,11 @@ struct Wanted {
 };
 
 struct Device {
-  int multiprocessors;   // that a plan may use
-  int shared_per_block;  // bytes, for a kernel that asks for more than 48 KB
-  int max_cluster;       // blocks of a cluster; 1: there are none
-  bool grids = true;     // whether a launch may wait until it has all of them for itself
+  int multiprocessors;     // that a plan may use
+  int shared_per_block;    // bytes, for a kernel that asks for more than 48 KB
+  int max_cluster;         // blocks of a cluster; 1: there are none
+  bool grids = true;       // whether a launch may wait until it has all of them for itself
+  int grid_threads = 256;  // of a grid's block
   Wanted wanted{};
 };
 

@@ -11,7 +11,7 @@
 namespace ldm_fused {
 
 // What a plan of one pass depends on. `extra`: what tells apart plans of the pass that agree in all else.
-using PlanKey = std::array<int64_t, 19>;
+using PlanKey = std::array<int64_t, 20>;
 inline PlanKey plan_key(int pass, const Shape& shape, Dtype x, Dtype y, bool aligned, int64_t parameter_bytes,
                         int extra, const Device& d) {
   return {pass,
@@ -29,6 +29,7 @@ inline PlanKey plan_key(int pass, const Shape& shape, Dtype x, Dtype y, bool ali
           d.shared_per_block,
           d.max_cluster,
           d.grids,
+          d.grid_threads,
           d.wanted.two_passes,
           d.wanted.grid_teams,
           d.wanted.team,

@@ -14,6 +14,7 @@
 #include "cuda/device.h"
 #include "cuda/divisor.h"
 #include "cuda/estimates.h"
+#include "cuda/tiling.h"
 #include "problem.h"
 
 namespace ldm_fused {
@@ -52,7 +53,6 @@ struct Residence {
 
   LDM_FUSED_HD int total() const { return rounds * steps; }  // vectors of a thread in an item
   LDM_FUSED_HD int segments() const { return (kept + segment - 1) / segment; }
-  LDM_FUSED_HD int again() const { return total() - kept; }
   int64_t blocks() const { return int64_t(team) * teams; }
 };
 
@@ -205,7 +205,9 @@ inline int64_t clusters_abreast(const Residence& r, const Device& device) {
 
 // Bytes that an item's blocks read again, because they do not fit.
 inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& demand) {
-  return r.width * shape.spatial * demand.bytes * r.again() / r.total();
+  if (r.kept == r.total()) return 0;
+  const int64_t vectors = r.width * shape.spatial / r.vector, kept = int64_t(r.team) * r.abreast * r.lanes * r.kept;
+  return std::max<int64_t>(0, vectors - kept) * r.vector * demand.bytes;
 }
 
 // Nanoseconds, by estimate.
@@ -223,7 +225,8 @@ inline double time_of(const Residence& r, const Shape& shape, const Demand& dema
 
 inline double time_of_two_passes(const Shape& shape, const Demand& demand, const Device& device) {
   const double bytes = double(shape.elements()) * (demand.moved + demand.bytes) / device.multiprocessors;
-  return time_of_streaming(bytes, shape.walks_columns());
+  return time_of_streaming(bytes, shape.walks_columns(),
+                           partials_of(shape, tile(shape, demand.vector, /*aligned=*/true, device)));
 }
 
 // Keeps the whole item in one block or cluster, one item a team.
@@ -254,7 +257,8 @@ inline bool reside_in_grid(const Shape& shape, bool columns, int bundle, const D
   const int64_t items = shape.batch * (shape.groups / bundle), most = std::min<int64_t>(items, device.multiprocessors);
   double least = 0;
   const auto consider = [&](int64_t teams) {
-    Residence r = reside(shape, columns, bundle, int(device.multiprocessors / teams), kMostThreads, demand, device);
+    Residence r =
+        reside(shape, columns, bundle, int(device.multiprocessors / teams), device.grid_threads, demand, device);
     if (r.kept == 0) return;
     finish(r, Exchange::grid, teams, 2 * int64_t(r.total()), shape.groups / bundle, demand);
     const double time = time_of(r, shape, demand, device);

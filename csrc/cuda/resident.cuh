@@ -13,11 +13,12 @@ template <class V, int kBytes = 64>
 constexpr int kBatchOf = kBytes / sizeof(V);  // vectors that a thread works on side by side
 constexpr unsigned kAllLanes = ~0u;
 
-// Before compute capability 8.0 copies to shared memory go through registers, which a grid's batches must leave.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kCopiesTakeRegisters = true;
+// Of a grid's block, which has a multiprocessor to itself: device.cpp tells the plan. On all other architectures ptxas
+// does not get by with the registers of 512 threads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kGridThreads = kFewerThreads;
 #else
-constexpr bool kCopiesTakeRegisters = false;
+constexpr int kGridThreads = kMostThreads;
 #endif
 
 template <int N>

@@ -35,8 +35,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
   static constexpr bool kKeepsGradient = sizeof(Y) >= sizeof(X);
   static constexpr int kOfX = V * int(sizeof(X)) / 16;  // pieces of a slot; dy's are behind them
   static constexpr bool kFewRegisters = kColumns && kGrid;
-  static constexpr bool kVeryFew = kFewRegisters && (sizeof(Y) > sizeof(X) || kCopiesTakeRegisters);
-  static constexpr int kBatch = kBatchOf<VectorX> / (kVeryFew ? 4 : 2);  // vectors of x, and as many of dy
+  static constexpr int kBatch = kBatchOf<VectorX> / (kFewRegisters && sizeof(Y) > sizeof(X) ? 4 : 2);  // of x and of dy
   static constexpr int kOfDx = kKeepsGradient && !kFewRegisters ? kBatchOf<VectorX> : kBatch;
   static constexpr int kSums = kColumns ? V : 2;  // side by side, where one would be a long chain
 
@@ -302,7 +301,7 @@ struct ResidentBackward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X) + s
 };
 
 template <class X, class Y, int V, bool kColumns, bool kGrid>
-__global__ void __launch_bounds__(kMostThreads, 1) resident_backward(BackwardParams p) {
+__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_backward(BackwardParams p) {
   LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
   ResidentBackward<X, Y, V, kColumns, kGrid> block(p, shared);
   block.copy_to(p.residence.kept);

@@ -47,8 +47,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
   using Affines = ChannelAffine<float>[Block::kChannels];
   using Block::item, Block::r, Block::shape, Block::slots, Block::tables, Block::team;
   static constexpr int kBatch = kBatchOf<Vector>;
-  static constexpr bool kFewRegisters = kGrid && (kColumns || kCopiesTakeRegisters);
-  static constexpr int kOfStatistics = kFewRegisters ? kBatch : 2 * kBatch;  // averaged together
+  static constexpr int kOfStatistics = kColumns && kGrid ? kBatch : 2 * kBatch;  // averaged together: registers
 
   const ForwardParams& p;
   const X* const x;
@@ -244,7 +243,7 @@ struct ResidentForward : ResidentBlock<V, kColumns, kGrid, V* int(sizeof(X)) / 1
 };
 
 template <class X, class Y, int V, bool kColumns, bool kGrid>
-__global__ void __launch_bounds__(kMostThreads, 1) resident_forward(ForwardParams p) {
+__global__ void __launch_bounds__(kGrid ? kGridThreads : kMostThreads, 1) resident_forward(ForwardParams p) {
   LDM_FUSED_DYNAMIC_SHARED(unsigned char, shared);
   ResidentForward<X, Y, V, kColumns, kGrid> block(p, shared);
   block.copy_to(p.residence.kept);
