@@ -159,13 +159,9 @@ def test_nothing_is_kept_of_a_unit_in_any_tier(shape, num_groups, multiprocessor
 @pytest.mark.parametrize("plan_of", [emulated.plan_forward, emulated.plan_backward])
 def test_a_cluster_of_two_in_any_tier(plan_of, layout):
     case = make_case((2, 20, 24, 32), 2, layout=layout)
-
-    def plan(kilobytes):
-        with emulated.device(emulated.small_device(16, kilobytes, clusters=True)):
-            return plan_of(case.x, 2)
-
-    kilobytes = next(kb for kb in range(20, 200) if (p := plan(kb))["tier"] == "cluster" and p["residence"]["team"] == 2)
-    with emulated.device(emulated.small_device(16, kilobytes, clusters=True)):
+    with emulated.device(dict(emulated.small_device(2, 80, clusters=True), team=2, threads=256)):
+        plan = plan_of(case.x, 2)
+        assert plan["tier"] == "cluster" and plan["residence"]["team"] == 2
         assert_within_bound(case, all_results(case))
 
 

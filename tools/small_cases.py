@@ -10,6 +10,7 @@ by their template arguments, have not run: none, or it fails.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -97,6 +98,16 @@ def run_in_halves(case):
     return {"y": y, **dict(zip(GRADIENTS, gradients))}
 
 
+@contextlib.contextmanager
+def a_grid():
+    """Plans are grids of one team."""
+    _C.want_plan(0, 1, 0, 0)
+    try:
+        yield
+    finally:
+        _C.want_plan(0, 0, 0, 0)
+
+
 def check_dropout(case, moved):
     """The CPU's kernels drop the same elements."""
     seed = torch.tensor([1234567890123456789])
@@ -125,6 +136,9 @@ def run_all(device, shapes=SHAPES, every_pair=False, part=(0, 1)):
         expected, baseline = oracle(case), eager(case)
         for offset in (0, 1) if case.x.numel() < LARGE[0] else (0,):  # one off, there are no aligned vectors
             moved = on(device, case, offset)
+            if case.x.numel() >= LARGE[0]:  # else no plan of them is a grid, or none in every dtype
+                with a_grid():
+                    assert_within_bound(case, run(moved), expected, baseline)
             assert_within_bound(case, run(moved), expected, baseline)
             assert_within_bound(case, run_in_halves(moved), expected, baseline)
             check_residual(moved)

@@ -206,8 +206,21 @@ inline int64_t clusters_abreast(const Residence& r, const Device& device) {
 // Bytes that an item's blocks read again, because they do not fit.
 inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& demand) {
   if (r.kept == r.total()) return 0;
-  const int64_t vectors = r.width * shape.spatial / r.vector, kept = int64_t(r.team) * r.abreast * r.lanes * r.kept;
-  return std::max<int64_t>(0, vectors - kept) * r.vector * demand.bytes;
+  const int64_t unit = r.columns ? r.abreast : r.lanes;  // threads side by side
+  const auto beyond = [&](int64_t length, int64_t kept) { return std::max<int64_t>(0, length - kept * unit); };
+  // Of a block that has so much of each channel, in vectors, or for columns in rows of them.
+  const auto of_block = [&](int64_t chunk) -> int64_t {
+    if (r.columns) return beyond(chunk, r.kept) * r.lanes;
+    const int64_t whole_parts = chunk / r.length, rest = chunk % r.length;
+    int64_t again = 0;
+    for (int round = 0; round < r.rounds; ++round) {
+      const int64_t kept = std::min(std::max(0, r.kept - round * r.steps), r.steps);
+      again += whole_parts * beyond(r.length, kept) + beyond(rest, kept);
+    }
+    return again * r.width / r.rounds;  // as if each round had its share of all parts
+  };
+  const int64_t vectors = r.extent / r.chunk * of_block(r.chunk) + of_block(r.extent % r.chunk);
+  return vectors * r.vector * demand.bytes;
 }
 
 // Nanoseconds, by estimate.

@@ -147,7 +147,7 @@ Device device() { return cuda::device_of(emulator::device.ordinal); }
 void set_device(const std::map<std::string, int>& properties) {
   static std::map<std::map<std::string, int>, int> ordinals;
   emulator::Device d;
-  int grid_teams = 0;
+  int grid_teams = 0, team = 0, threads = 0;  // the plan that is wanted
   const std::map<std::string, int*> members = {{"multiprocessors", &d.multiprocessors},
                                                {"major", &d.major},
                                                {"minor", &d.minor},
@@ -162,12 +162,14 @@ void set_device(const std::map<std::string, int>& properties) {
                                                {"refused_grid", &d.refused_grid},
                                                {"refusal", &d.refusal},
                                                {"copy", &d.copy},
-                                               {"grid_teams", &grid_teams}};
+                                               {"grid_teams", &grid_teams},
+                                               {"team", &team},
+                                               {"threads", &threads}};
   for (const auto& [name, value] : properties) *members.at(name) = value;
   if (!properties.count("code_version")) d.code_version = 10 * d.major + d.minor;
   d.ordinal = ordinals.try_emplace(properties, int(ordinals.size())).first->second;
   emulator::device = d;
-  cuda::wanted = Wanted{0, int16_t(grid_teams), 0, 0};
+  cuda::wanted = Wanted{0, int16_t(grid_teams), int16_t(team), int16_t(threads)};
 }
 
 // A kernel that does nothing, launched in one block with `shared_bytes` of shared memory.

@@ -74,10 +74,11 @@ def planned(case, aligned):
 
 @pytest.mark.parametrize("device", emulated.DEVICES)
 def test_the_cases_for_every_instance_reach_them_all_by_plan(device):
-    held, found = instances.compiled(library()), set()
-    with emulated.device(emulated.DEVICES[device]):
-        for case in small_cases.cases(small_cases.SHAPES, every_pair=True):
-            for aligned in (True, False) if case.x.numel() < small_cases.LARGE[0] else (True,):
+    held, found, properties = instances.compiled(library()), set(), emulated.DEVICES[device]
+    for case in small_cases.cases(small_cases.SHAPES, every_pair=True):
+        is_large = case.x.numel() >= small_cases.LARGE[0]
+        for aligned, grid_teams in [(True, 0), (True, 1) if is_large else (False, 0)]:
+            with emulated.device(dict(properties, grid_teams=grid_teams)):
                 found.update(planned(case, aligned))
     assert [name for name in sorted(held) if not any(name.startswith(start) for start in found)] == []
     assert [start for start in sorted(found) if not any(name.startswith(start) for name in held)] == []
