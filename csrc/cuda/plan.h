@@ -106,7 +106,7 @@ inline Plan plan_forward(const Shape& shape, Dtype x, Dtype y, bool aligned, int
   const Demand demand{vector_of(std::min(sx, sy)), sx, std::min(sx, sy), sx + sy, 2, 0, 3, 8, kForwardRates};
   if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {
     plan.resident = true;
-    plan.bytes_read += plan.residence.items * read_again(plan.residence, shape, demand);
+    plan.bytes_read += plan.residence.items * read_again(plan.residence, demand);
     count_exchange(plan, parameter_bytes, 2 * sa, 0);
     return plan;
   }
@@ -127,7 +127,7 @@ inline Plan plan_backward(const Shape& shape, Dtype x, Dtype dy, bool aligned, i
   if (aligned && sa == 4 && reside(shape, demand, device, plan.residence)) {
     plan.resident = true;
     const Residence& r = plan.residence;
-    plan.bytes_read += r.items * read_again(r, shape, demand) + r.items * r.team * r.bundle * 2 * sa;
+    plan.bytes_read += r.items * read_again(r, demand) + r.items * r.team * r.bundle * 2 * sa;
     count_exchange(plan, parameter_bytes, 2 * sa, sums * sa);
     return plan;
   }

@@ -204,7 +204,7 @@ inline int64_t clusters_abreast(const Residence& r, const Device& device) {
 }
 
 // Bytes that an item's blocks read again, because they do not fit.
-inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& demand) {
+inline int64_t read_again(const Residence& r, const Demand& demand) {
   if (r.kept == r.total()) return 0;
   const int64_t unit = r.columns ? r.abreast : r.lanes;  // threads side by side
   const auto beyond = [&](int64_t length, int64_t kept) { return std::max<int64_t>(0, length - kept * unit); };
@@ -227,7 +227,7 @@ inline int64_t read_again(const Residence& r, const Shape& shape, const Demand& 
 inline double time_of(const Residence& r, const Shape& shape, const Demand& demand, const Device& device) {
   const double moved = double(r.width) * double(shape.spatial) * demand.moved / r.team;  // by a block, of an item
   if (r.exchange == Exchange::grid) {
-    const double again = double(read_again(r, shape, demand)) / r.team;
+    const double again = double(read_again(r, demand)) / r.team;
     return time_of_grid(ceil_div(r.items, r.teams), moved, again, r.columns, r.team, demand.rates);
   }
   const int64_t abreast = std::min(r.items, clusters_abreast(r, device));
