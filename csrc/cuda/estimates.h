@@ -5,7 +5,6 @@
 // %. All devices are taken for an H200 with fewer multiprocessors. Where memory is slower, waits have too much weight.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 namespace ldm_fused {
@@ -31,7 +30,8 @@ constexpr double kPartial = 0.07;     // the same for each partial result in col
 // Nanoseconds of `rounds` of clusters, in each of which a multiprocessor moves `bytes`. `full`: the part of the threads
 // that it takes which it has.
 inline double time_of_clusters(int64_t rounds, double bytes, int team, double full, const Rates& rates) {
-  const double besides = kBlock + kDoubled * std::log2(team);
+  double besides = kBlock;
+  for (int blocks = 1; blocks < team; blocks *= 2) besides += kDoubled;
   return double(rounds) * (besides + bytes / rates.block * (1 + (full < 1 ? kIdle * (1 / full - 1) : 0)));
 }
 
