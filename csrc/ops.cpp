@@ -103,6 +103,17 @@ static PyObject* want_plan(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// What asks a device, with its C++ exceptions as Python's.
+template <typename Question>
+static PyObject* answer(const Question& question) {
+  try {
+    return question();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 static PyObject* plan(PyObject*, PyObject* args) {
   int backward, channels_last, itemsize, ordinal;
   long long batch, channels, spatial, groups;
@@ -110,7 +121,7 @@ static PyObject* plan(PyObject*, PyObject* args) {
                         &ordinal))
     return nullptr;
 #ifdef USE_CUDA
-  try {
+  return answer([&] {
     using namespace ldm_fused;
     const Shape shape{batch, channels, spatial, groups, channels_last != 0};
     const Dtype dtype = itemsize == 2 ? Dtype::bfloat16 : Dtype::float32;
@@ -119,10 +130,7 @@ static PyObject* plan(PyObject*, PyObject* args) {
                                 : plan_forward(shape, dtype, dtype, true, 2 * itemsize, device);
     const Residence& r = found.residence;
     return Py_BuildValue("(siii)", found.tier(), r.teams, r.team, r.threads);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
+  });
 #else
   Py_RETURN_NONE;
 #endif
@@ -132,12 +140,7 @@ static PyObject* has_cuda_code(PyObject*, PyObject* device) {
   const long ordinal = PyLong_AsLong(device);
   if (ordinal == -1 && PyErr_Occurred()) return nullptr;
 #ifdef USE_CUDA
-  try {
-    return PyBool_FromLong(ldm_fused::cuda::has_code(int(ordinal)));
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
+  return answer([&] { return PyBool_FromLong(ldm_fused::cuda::has_code(int(ordinal))); });
 #else
   Py_RETURN_FALSE;
 #endif
@@ -151,9 +154,8 @@ static PyMethodDef methods[] = {
     {"want_plan", want_plan, METH_VARARGS,
      "Sets csrc/cuda/device.h's wanted plan: two_passes, grid_teams, team, threads."},
     {"plan", plan, METH_VARARGS,
-     "(tier, teams, team, threads) of a pass: backward, batch, channels, spatial, groups, channels_last, itemsize (2 "
-     "or "
-     "4), CUDA device. None without CUDA kernels."},
+     "The (tier, teams, team, threads) of a pass, or None without CUDA kernels. Takes backward, batch, channels, "
+     "spatial, groups, channels_last, itemsize (2 or 4) and the CUDA device."},
     {"has_cuda_code", has_cuda_code, METH_O, "Whether there is code in this binary that the CUDA device runs."},
     {nullptr, nullptr, 0, nullptr}};
 

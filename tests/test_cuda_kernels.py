@@ -190,9 +190,8 @@ def test_no_vector_moves_more_often_than_planned_in_any_tier(name, shape, num_gr
     for plan, launches, tensors in zip(plans, (forward, backward), (1, 2)):
         r = plan["residence"]
         for key, vectors in (("bytes_read", tensors), ("bytes_written", 1)):
-            # What is read again is planned as if each thread had its last vector, which most may lack.
             one_of_each_thread = vectors * r["items"] * r["team"] * r["threads"] * 16
-            allowed = one_of_each_thread if plan["resident"] else 0.03 * plan[key]
+            allowed = one_of_each_thread / 2 if plan["resident"] else 0.03 * plan[key]
             assert abs(sum(launch[key] for launch in launches) - plan[key]) < allowed
 
 
@@ -295,7 +294,7 @@ def test_batch_1_with_32_groups_fills_the_chip(layout):
         with emulated.device(properties):
             plan = emulated.plan_forward(x, 32)
         if plan["resident"]:
-            assert plan["residence"]["team"] * plan["residence"]["teams"] >= 0.85 * properties["multiprocessors"]
+            assert plan["residence"]["team"] * plan["residence"]["teams"] >= 0.9 * properties["multiprocessors"]
         else:
             grid = plan["reduce"]["grid"]
             assert grid[0] * grid[1] >= 7 * properties["multiprocessors"]

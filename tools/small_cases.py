@@ -129,9 +129,9 @@ def check_residual(case):
     torch.testing.assert_close(sums.cpu().double(), x.cpu().double().sum(axes), rtol=0, atol=1e-6 * scale)
 
 
-def run_all(device, shapes=SHAPES, every_pair=False, part=(0, 1)):
-    """Runs and checks every case, or one part of all; returns how many there were."""
-    count, (index, parts) = 0, part
+def run_all(device, shapes=SHAPES, every_pair=False, share=(0, 1)):
+    """Runs and checks every case, or the share (index, parts) of them; returns how many there were."""
+    count, (index, parts) = 0, share
     for case in itertools.islice(cases(shapes, every_pair), index, None, parts):
         expected, baseline = oracle(case), eager(case)
         for offset in (0, 1) if case.x.numel() < LARGE[0] else (0,):  # one off, there are no aligned vectors
@@ -200,7 +200,7 @@ def main():
         print(f"cases right: {count}\n{verdict(held, found)}")
         sys.exit(bool(held - found) or (args.device == "cuda" and not held))
     else:
-        print(f"cases right: {run_all(args.device, part=args.part)}")
+        print(f"cases right: {run_all(args.device, share=args.part)}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ void ask(int ordinal, Known& known) {
   const bool clusters = std::min(code.binaryVersion, code.ptxVersion) >= 90 && attribute(cudaDevAttrClusterLaunch);
   known.device = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                   clusters ? kLargestCluster : 1, attribute(cudaDevAttrCooperativeLaunch) != 0,
-                  code.ptxVersion == 90 ? 512 : 256};  // as resident.cuh compiles them
+                  code.ptxVersion == 90 ? kMostThreads : kFewerThreads};  // as resident.cuh compiles them
 }
 
 Known& known(int ordinal) {

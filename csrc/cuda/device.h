@@ -8,6 +8,8 @@ namespace ldm_fused {
 
 constexpr int kLargestCluster = 16;  // where there are clusters
 constexpr int kPortableCluster = 8;  // above, it depends on the kernel and on the device's layout
+constexpr int kMostThreads = 512;    // of a block that keeps what it reads and has a multiprocessor to itself
+constexpr int kFewerThreads = 256;   // of one that shares it
 
 // What a plan must be, where it is possible; 0: as the estimates say. For tests, whose tensors are too small for most
 // plans to be fast, and for benchmarks/plans.py, which times them all.
@@ -18,11 +20,11 @@ struct Wanted {
 };
 
 struct Device {
-  int multiprocessors;     // that a plan may use
-  int shared_per_block;    // bytes, for a kernel that asks for more than 48 KB
-  int max_cluster;         // blocks of a cluster; 1: there are none
-  bool grids = true;       // whether a launch may wait until it has all of them for itself
-  int grid_threads = 256;  // of a grid's block
+  int multiprocessors;               // that a plan may use
+  int shared_per_block;              // bytes, for a kernel that asks for more than 48 KB
+  int max_cluster;                   // blocks of a cluster; 1: there are none
+  bool grids = true;                 // whether a launch may wait until it has all of them for itself
+  int grid_threads = kFewerThreads;  // of a grid's block
   Wanted wanted{};
 };
 

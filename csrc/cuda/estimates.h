@@ -1,8 +1,8 @@
 // How long things take: the estimates that plans are chosen by. Plain C++.
 //
-// Fitted to the times of all plans on an H200, of 28 of the workloads' shapes in bfloat16, both layouts and passes
-// (`python benchmarks/plans.py`; benchmarks/NOTES.md, "Measured times"). They are for choosing: as times they err by 15
-// %. All devices are taken for an H200 with fewer multiprocessors. Where memory is slower, waits have too much weight.
+// Fitted to the times of the workloads' plans on an H200 in bfloat16, in both layouts and passes (`python
+// benchmarks/plans.py`; benchmarks/NOTES.md, "Measured times"). They are for choosing, not for saying how long a call
+// takes. All devices are taken for an H200 with fewer multiprocessors. Where memory is slower, waits weigh too much.
 #pragma once
 
 #include <cstdint>

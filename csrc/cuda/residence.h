@@ -72,8 +72,6 @@ struct Demand {
 constexpr int kMostSegments = 4;  // of an item: what a thread begins with is a quarter of its vectors
 constexpr int kMostLanes = 32;
 constexpr int kLine = 8;                  // vectors of 16 bytes that make a line of 128 bytes
-constexpr int kMostThreads = 512;         // of a block that has a multiprocessor to itself
-constexpr int kFewerThreads = 256;        // of one that shares it
 constexpr int kLeastRow = 64;             // bytes of a channels_last row, where groups can be bundled to it
 constexpr int kSector = 32;               // bytes: a row that is no multiple of it wastes a part of one
 constexpr int kSmallItem = 8192;          // bytes: smaller groups share a block

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_small_cases_are_right_and_every_kernel_has_a_name():
     assert small_cases.run_all("cpu", small_cases.SHAPES[1:4]) == 40
-    assert sum(small_cases.run_all("cpu", small_cases.SHAPES[1:4], part=(i, 2)) for i in (0, 1)) == 40
+    assert sum(small_cases.run_all("cpu", small_cases.SHAPES[1:4], share=(i, 2)) for i in (0, 1)) == 40
     small_cases.unwritten("cpu")  # a mistake, but a call that the op takes
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
     names = instances.kernel_names()
